@@ -1,0 +1,255 @@
+"""The network of improved MeanFlow: a DiT whose conditions are tokens (arXiv 2512.02012).
+
+    sequence   8 class, 4 omega, 2 t_min, 2 t_max, 4 time tokens, then the patches, row by row
+    trunk      depth - head_depth blocks, shared
+    branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
+
+Sampling needs the trunk and the u-head only. The time t itself is never shown to the network,
+only h = t - r. From small parts to large; the sizes of the paper stand at the end.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+
+def rotations(n, dim, device):
+    """exp(i angle), (n, dim / 2) complex, for the angles index * 10000^(-2 k / dim)."""
+    theta = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angles = torch.arange(n, device=device, dtype=torch.float32)[:, None] * theta
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x, rotary):
+    """Rotary embedding of x (..., n, dim): the pairs (0, 1), (2, 3), ... turn by their angles."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
+
+    def forward(self, x):
+        x, dx = forward_ad.unpack_dual(x)
+        Wx = super().forward(x)
+        return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out_proj = Linear(hidden_size, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+
+    def forward(self, x, rotary):
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, head_dim)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size):
+        super().__init__()
+        width = int(hidden_size * 8 / 3)
+        self.w13 = Linear(hidden_size, 2 * width, bias=False)
+        self.w2 = Linear(width, hidden_size, bias=False)
+
+    def forward(self, x):
+        w1x, w3x = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(w1x) * w3x)
+
+
+class Block(nn.Module):
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.mlp = SwiGLU(hidden_size)
+        self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
+        self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
+        for linear in (self.attn.qkv_proj, self.attn.out_proj, self.mlp.w13, self.mlp.w2):
+            nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
+
+    def forward(self, x, rotary):
+        x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
+        return x + self.mlp_scale * self.mlp(self.norm2(x))
+
+
+class ScalarEmbedder(nn.Module):
+    """A number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            Linear(256, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
+        )
+        for linear in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, s):
+        i = torch.arange(128, device=s.device, dtype=torch.float32)
+        angles = s[:, None] * torch.exp(-math.log(10000) / 128 * i)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size, out_features):
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.linear = Linear(hidden_size, out_features)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class DiT(nn.Module):
+    """The two velocities of a batch, from the noisy images and the conditions alone.
+
+    All three calls take x (B, C, H, W), the conditions h, omega, t_min, t_max (B,) float, and
+    the classes y (B,) long, where num_classes stands for "no class"; velocities are shaped
+    like x, float32. Raises ValueError for sizes that do not fit each other.
+    """
+
+    def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
+                 num_heads, head_depth):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}")
+        if hidden_size % (2 * num_heads) or not 0 <= head_depth <= depth:
+            raise ValueError(f"{hidden_size=}, {num_heads=}, {depth=}, {head_depth=} do not fit")
+        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
+
+        def tokens(n):
+            return nn.Parameter(torch.randn(n, hidden_size) / math.sqrt(hidden_size))
+
+        self.class_tokens, self.y_embedder = tokens(8), nn.Embedding(num_classes + 1, hidden_size)
+        self.omega_tokens, self.omega_embedder = tokens(4), ScalarEmbedder(hidden_size)
+        self.t_min_tokens, self.t_min_embedder = tokens(2), ScalarEmbedder(hidden_size)
+        self.t_max_tokens, self.t_max_embedder = tokens(2), ScalarEmbedder(hidden_size)
+        self.time_tokens, self.h_embedder = tokens(4), ScalarEmbedder(hidden_size)
+        self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
+        nn.init.normal_(self.y_embedder.weight, std=1 / math.sqrt(hidden_size))
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.bias)
+
+        def blocks(n):
+            return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(n))
+
+        self.shared_blocks = blocks(depth - head_depth)
+        self.u_heads, self.v_heads = blocks(head_depth), blocks(head_depth)
+        self.u_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
+        self.v_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
+
+    def forward(self, x, h, omega, t_min, t_max, y):
+        """Both velocities: (u, v)."""
+        trunk = self._trunk(x, h, omega, t_min, t_max, y)
+        return self._u(*trunk), self._v(*trunk)
+
+    def u(self, x, h, omega, t_min, t_max, y):
+        """The average velocity u alone."""
+        return self._u(*self._trunk(x, h, omega, t_min, t_max, y))
+
+    def v(self, x, h, omega, t_min, t_max, y):
+        """The velocity v alone."""
+        return self._v(*self._trunk(x, h, omega, t_min, t_max, y))
+
+    def _trunk(self, x, h, omega, t_min, t_max, y):
+        x = torch.cat((
+            self.class_tokens + self.y_embedder(y)[:, None],
+            self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],
+            self.t_min_tokens + self.t_min_embedder(t_min)[:, None],
+            self.t_max_tokens + self.t_max_embedder(t_max)[:, None],
+            self.time_tokens + self.h_embedder(h)[:, None],
+            self.x_embedder(x).flatten(2).transpose(1, 2),
+        ), 1)
+        rotary = rotations(x.shape[1], self.head_dim, x.device)
+        for block in self.shared_blocks:
+            x = block(x, rotary)
+        return x, rotary
+
+    def _u(self, x, rotary):
+        return self._branch(self.u_heads, self.u_final_layer, x, rotary)
+
+    def _v(self, x, rotary):
+        if self.v_heads is None:
+            raise ValueError("these weights have no v-head: they can sample, not train")
+        return self._branch(self.v_heads, self.v_final_layer, x, rotary)
+
+    def _branch(self, blocks, final_layer, x, rotary):
+        for block in blocks:
+            x = block(x, rotary)
+        n, p = self.image_size // self.patch_size, self.patch_size
+        x = final_layer(x[:, -n * n:]).float()
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))  # (B, row, column, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def from_state(state, image_size=32):
+    """The DiT whose state_dict() this is: every size but the image's is read off the shapes.
+
+    Takes the tensors over without a copy. Raises ValueError if they are no such weights.
+    """
+    def blocks(name):
+        return len({key.split(".")[1] for key in state if key.startswith(name + ".")})
+
+    try:
+        hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
+        with torch.device("meta"):
+            net = DiT(
+                image_size, channels, len(state["y_embedder.weight"]) - 1, patch_size, hidden_size,
+                depth=blocks("shared_blocks") + blocks("u_heads"),
+                num_heads=hidden_size // len(state["u_heads.0.attn.q_norm.weight"]),
+                head_depth=blocks("u_heads"))
+        if not blocks("v_heads"):
+            net.v_heads = None
+        net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"no weights of an iMF network ({str(error).splitlines()[0]})") from None
+    return net.requires_grad_()
+
+
+RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embedding.", ""),
+            ("x_embedder.proj", "x_embedder"), ("cfg_t_start", "t_min"), ("cfg_t_end", "t_max"))
+
+
+def from_official(state_dict, image_size=32):
+    """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
+
+    The files for sampling have no v-head; a complete state dict loads complete. Raises
+    ValueError if the names or shapes are not the release's.
+    """
+    state = {}
+    for name, value in state_dict.items():
+        for old, new in RELEASED:
+            name = name.replace(old, new, 1)
+        state[name] = value
+    try:
+        for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("w13", ("w1", "w3"))):
+            for name in [name for name in state if f".{parts[0]}." in name]:
+                values = [state.pop(name.replace(parts[0], part)) for part in parts]
+                state[name.replace(parts[0], whole)] = torch.cat(values)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"no released weights of iMF ({error})") from None
+    return from_state(state, image_size)
+
+
+MODELS = {  # params to sample: 89 M, 174 M, 409 M, 610 M for 32x32x4 and 1000 classes
+    "tiny": dict(patch_size=4, hidden_size=96, depth=3, num_heads=3, head_depth=1),
+    "B/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12, head_depth=8),
+    "M/2": dict(patch_size=2, hidden_size=768, depth=24, num_heads=12, head_depth=8),
+    "L/2": dict(patch_size=2, hidden_size=1024, depth=32, num_heads=16, head_depth=8),
+    "XL/2": dict(patch_size=2, hidden_size=1024, depth=48, num_heads=16, head_depth=8),
+}
