@@ -27,18 +27,19 @@ class Draws(NamedTuple):
     drop: torch.Tensor  # bool: this sample loses its class
 
 
-def draw(x, generator=None, flow_matching=0.5, beta=1.0, class_dropout=0.1):
+def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, beta=1.0,
+         class_dropout=0.1):
     """Draws for a batch shaped like x (B, C, H, W), on the generator's device (x's without one).
 
-    Time: two logit-normals, r = t for the first half. Guidance: omega on [1, 8] with density
-    omega^-beta; the interval U(0, .5) to U(.5, 1), everything where r = t. The class is dropped
-    for about a tenth of the batch, all of it where r = t.
+    Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); r = t for the first half. Guidance: omega
+    on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), all times where r = t.
+    The class is dropped for about a tenth of the batch, all of it where r = t.
     """
     B = len(x)
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
-    r, t = torch.sigmoid(normals - 0.4).sort(0)[0]
+    r, t = torch.sigmoid(t_mean + t_std * normals).sort(0)[0]
     a, b, c, d = torch.rand(4, B, generator=generator, device=device)
     omega = 8**a if beta == 1 else (1 + a * (8 ** (1 - beta) - 1)) ** (1 / (1 - beta))
     i = torch.arange(B, device=device)

@@ -47,6 +47,10 @@ def run(main):
             error = f"{error.filename}: {error.strerror}"
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("out of memory: a smaller --batch-size needs less, and so does a larger --accum",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -75,7 +79,7 @@ def pick_device(name):
 @contextlib.contextmanager
 def atomic(path):
     """Opens a temporary file that becomes `path` if the block succeeds and is removed otherwise."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -114,6 +118,8 @@ def load(path, device="cpu"):
     try:
         if "ema" in saved:
             info = dict(saved["settings"], step=saved["step"])
+            if type(info["image_size"]) is not int or not 1 <= info["image_size"] <= 1024:
+                raise ValueError(f"image size {info['image_size']}")
             net = model.from_state(saved["ema"], info["image_size"])
         elif any(str(key).startswith("net.") for key in saved):
             info, net = {}, model.from_official(saved)
@@ -157,8 +163,10 @@ def write_sheet(path, images, columns):
 
 
 def write_folder(path, batches):
-    """000000.png, 000001.png, ... in the folder `path`."""
+    """000000.png, 000001.png, ... in the folder `path`, which must be new or empty."""
     os.makedirs(path, exist_ok=True)
+    if os.listdir(path):
+        raise Fault(f"--out {path}: the folder is not empty, and other images would mix with these")
     for i, image in enumerate(image for batch in batches for image in batch):
         with atomic(os.path.join(path, f"{i:06d}.png")) as file:
             picture(image).save(file, "PNG")
@@ -198,15 +206,17 @@ def main():
 
     net, info = load(args.checkpoint, pick_device(args.device))
     out = args.out or os.path.join(os.path.dirname(args.checkpoint), "samples.png")
-    kind = "" if os.path.isdir(out) or out.endswith("/") else os.path.splitext(out)[1]
+    kind = "" if os.path.isdir(out) or out.endswith("/") else os.path.splitext(out)[1].lower()
     omegas = args.omega or [info["omega"]]
     t_min, t_max = args.interval or (info["t_min"], info["t_max"])
     classes = args.classes or range(net.num_classes)
     num = args.num or (100 if len(omegas) == 1 else 10)
     if kind not in (".png", ".npz", ""):
-        raise Fault(f"--out {out}: the name must end in .png or .npz, or be a folder")
+        raise Fault(f"--out {out}: end it in .png or .npz, or a folder's name in /")
     if kind != ".png" and len(omegas) > 1:
         raise Fault("several --omega make a sheet: let --out end in .png")
+    if kind == ".png" and num * len(omegas) > 10_000:
+        raise Fault("a sheet holds at most 10,000 images: let --out be a folder or end in .npz")
     if t_min > t_max:
         raise Fault(f"--interval {t_min} {t_max}: the lower end comes first")
     if max(classes) >= net.num_classes:

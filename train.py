@@ -39,15 +39,16 @@ import sample
 from sample import Fault, number
 
 # What --model tiny takes where nothing is said, for minutes on two CPU cores.
-TINY = dict(batch_size=64, lr=1.2e-2, warmup=100, decay_after=300, ema=0.998, steps=1600)
+TINY = dict(batch_size=64, lr=1.2e-2, warmup=100, decay_after=300, ema=0.998, steps=1600,
+            t_mean=0.0, t_std=1.6)
 
 # The release's recipe, for the networks of the paper; steps and warm-up are in epochs here.
 PAPER = dict(batch_size=1024, lr=1e-4, warmup_epochs=10, decay_after=0, ema=0.9999,
-             steps_epochs=640)
+             steps_epochs=640, t_mean=-0.4, t_std=1.0)
 
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = ("model", "batch_size", "lr", "warmup", "decay_after", "ema", "tangent", "precision",
-            "seed")
+SETTINGS = ("model", "batch_size", "lr", "warmup", "decay_after", "ema", "t_mean", "t_std",
+            "tangent", "precision", "seed")
 
 
 # ---- Data: images uint8 (N, C, H, W), labels (N,) -------------------------------------------
@@ -91,7 +92,7 @@ def centre_crop(image, size):
 
 
 class Files(torch.utils.data.Dataset):
-    """The image files as uint8 (3, size, size); None for what Pillow cannot read."""
+    """The image files as uint8 (3, size, size); None for what cannot be read as a picture."""
 
     def __init__(self, paths, size):
         self.paths, self.size = paths, size
@@ -102,11 +103,15 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             with Image.open(self.paths[i]) as image:
+                if image.mode.startswith("I;16"):  # Pillow would clip it
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    return None  # black and white are anyone's guess
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 image = centre_crop(image.convert("RGB"), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # a damaged file may raise anything
             return None
         return np.asarray(image).transpose(2, 0, 1)
 
@@ -136,11 +141,9 @@ def folder_data(folder, size, cache):
     facts = repr((size, [(name, s.st_size, s.st_mtime_ns) for name, s in facts]))
     source = hashlib.sha256(facts.encode()).hexdigest()
     cache = Path(cache)
-    try:
-        return open_cache(cache, num_classes, source)
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, damaged, or of another folder
-        pass
     shape = len(paths), 3, size, size
+    with contextlib.suppress(Exception):  # there is none yet, or it is damaged or out of date
+        return open_cache(cache, num_classes, source, shape)
     free = shutil.disk_usage(cache.absolute().parent).free
     if math.prod(shape) > free:
         raise Fault(f"the cache {cache} needs {math.prod(shape) / 1e9:.1f} GB, {free / 1e9:.1f} GB "
@@ -149,6 +152,7 @@ def folder_data(folder, size, cache):
     bad = []
     try:
         cache.mkdir(exist_ok=True)
+        (cache / "meta.json").unlink(missing_ok=True)
         with sample.atomic(cache / "images.npy") as file:
             images = itertools.chain.from_iterable(loader)
             images = tqdm(images, "decoding", len(paths), unit=" images")
@@ -170,15 +174,16 @@ def folder_data(folder, size, cache):
             cache.rmdir()  # if nothing came of it
     if bad:
         print(f"skipped {len(bad)} of {len(paths)} files, no images: {names}", file=sys.stderr)
-    return open_cache(cache, num_classes, source)
+    return open_cache(cache, num_classes, source, shape)
 
 
-def open_cache(cache, num_classes, source):
-    """The cache as Data; raises ValueError, or what open raises, unless it is whole."""
+def open_cache(cache, num_classes, source, shape):
+    """The cache as Data; raises ValueError, or what reading it raises, unless it is whole."""
     images = np.load(cache / "images.npy", mmap_mode="r", allow_pickle=False)
     labels = np.load(cache / "labels.npy", allow_pickle=False)
     if (json.loads((cache / "meta.json").read_text())["source"] != source
-            or len(images) != len(labels) or labels.max() >= num_classes):
+            or (images.dtype, images.shape, labels.shape) != (np.uint8, shape, shape[:1])
+            or labels.max() >= num_classes):
         raise ValueError
     return Data(images, labels, num_classes, source)
 
@@ -188,14 +193,16 @@ def order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def batch(data, index, batch_size, seed, step):
-    """Batch number `step`: x in [-1, 1], y and the draws, a pure function of (seed, step)."""
-    epoch, k = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(index))
-    i = [index[order(len(index), seed, int(e))[j]] for e, j in zip(epoch, k)]
+def batch(data, index, args, step):
+    """Batch number `step`: x in [-1, 1], y and the draws, which follow from (seed, step)."""
+    place = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+    i = [index[order(len(index), args.seed, int(epoch))[k]]
+         for epoch, k in zip(*np.divmod(place, len(index)))]
     x = torch.from_numpy(data.images[i]).float() / 127.5 - 1
-    stream = np.random.SeedSequence((seed, step)).generate_state(1)
+    stream = np.random.SeedSequence((args.seed, step)).generate_state(1)
     generator = torch.Generator().manual_seed(int(stream[0]))
-    return x, torch.from_numpy(data.labels[i]), imf.draw(x, generator)
+    draws = imf.draw(x, generator, t_mean=args.t_mean, t_std=args.t_std)
+    return x, torch.from_numpy(data.labels[i]), draws
 
 
 # ---- The run ---------------------------------------------------------------------------------
@@ -204,27 +211,35 @@ def batch(data, index, batch_size, seed, step):
 def arguments():
     p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, flag = number(int, 1), p.add_argument
+
+    def default(name, paper=None):
+        return f" (tiny: {TINY[name]}, else: {paper or PAPER[name]})"
+
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
     flag("--image-size", type=count, default=32, metavar="N", help="for --data; default: 32")
     flag("--vae", choices=["none"], default="none", help="none: train on pixels")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
-    flag("--out", default="out", metavar="DIR")
-    flag("--steps", type=count, metavar="N")
-    flag("--batch-size", type=count, metavar="N")
+    flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
+    flag("--steps", type=count, metavar="N", help="of training" + default("steps", "640 epochs"))
+    flag("--batch-size", type=count, metavar="N", help="images a step" + default("batch_size"))
     flag("--accum", type=count, default=1, metavar="N", help="parts of a batch, in turn")
-    flag("--lr", type=number(float, 1e-12), metavar="RATE")
-    flag("--warmup", type=number(int, 0), metavar="N", help="steps in which it rises to --lr")
+    flag("--lr", type=number(float, 1e-12), metavar="RATE", help="learning rate" + default("lr"))
+    flag("--warmup", type=number(int, 0), metavar="N",
+         help="steps in which it rises" + default("warmup", "10 epochs"))
     flag("--decay-after", type=number(int, 0), metavar="N",
-         help="steps after which it falls with 1 / sqrt(step); 0: never")
-    flag("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
+         help="steps after which it falls with 1 / sqrt(step), 0: never" + default("decay_after"))
+    flag("--ema", type=number(float, 0, 1), help="decay of the averaged weights" + default("ema"))
+    flag("--t-mean", type=number(float, -100, 100), metavar="MEAN",
+         help="t and r are sigmoid(N(mean, std^2))" + default("t_mean"))
+    flag("--t-std", type=number(float, 0), metavar="STD", help="see --t-mean" + default("t_std"))
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N")
-    flag("--log-every", type=count, default=50, metavar="N")
-    flag("--save-every", type=count, default=500, metavar="N")
-    flag("--sample-every", type=count, default=500, metavar="N")
+    flag("--log-every", type=count, default=50, metavar="N", help="default: 50")
+    flag("--save-every", type=count, default=500, metavar="N", help="checkpoint; default: 500")
+    flag("--sample-every", type=count, default=500, metavar="N", help="pictures; default: 500")
     args = p.parse_args()
 
     where = Path(args.out).absolute()
@@ -265,7 +280,10 @@ def resume(path, settings, net, ema, optimizer):
         net.load_state_dict(saved.pop("net"))
         ema.load_state_dict(saved.pop("ema"))
         optimizer.load_state_dict(saved.pop("optimizer"))
-        return saved["step"], saved["skipped"], saved["streak"]
+        counts = saved["step"], saved["skipped"], saved["streak"]
+        if any(type(n) is not int or n < 0 for n in counts):
+            raise ValueError
+        return counts
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
         raise Fault(f"{path} is no checkpoint of this program: choose another --out") from None
 
@@ -273,7 +291,7 @@ def resume(path, settings, net, ema, optimizer):
 def rewind(log, step):
     """Drops from log.jsonl what was logged after the checkpoint: those steps run again."""
     lines = []
-    with contextlib.suppress(FileNotFoundError, ValueError), open(log) as file:
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError), open(log) as file:
         lines.extend(line for line in file if json.loads(line)["step"] <= step)
     with sample.atomic(log) as file:
         file.write("".join(lines).encode())
@@ -313,6 +331,8 @@ def main():
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("*.tmp"):  # by a run that was killed while it wrote
+        left.unlink()
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings |= {"image_size": image_size, "source": data.source}
     step = skipped = streak = 0
@@ -342,7 +362,7 @@ def main():
     signal.signal(signal.SIGTERM, ask_to_stop)
 
     worker = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
-    prepare = functools.partial(worker.submit, batch, data, index, args.batch_size, args.seed)
+    prepare = functools.partial(worker.submit, batch, data, index, args)
     ahead = prepare(step)
     sums, since = np.zeros(3), (step, time.time())
     with tqdm(initial=step, total=args.steps, unit=" steps", dynamic_ncols=True) as bar:
