@@ -25,7 +25,7 @@ import model
 
 
 # How a network is asked to draw where nothing is said.
-GUIDANCE = dict(omega=3.0, t_min=0.0, t_max=1.0)
+GUIDANCE = dict(omega=2.0, t_min=0.0, t_max=1.0)
 
 
 class Fault(Exception):
