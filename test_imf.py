@@ -445,7 +445,8 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(tmp_path, monkeypatch, ca
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
     torch.save({"ema": {"a": 1}, "settings": {"image_size": 8}, "step": 1}, tmp_path / "ema.pt")
-    checkpoint(tmp_path / "size.pt", network(channels=1), image_size=9)
+    for size in (9, 10**9, -4, 8.0, "8"):
+        checkpoint(tmp_path / f"size{size}.pt", network(channels=1), image_size=size)
     torch.save({f"net.{i}": torch.ones(2) for i in range(3)}, tmp_path / "net.pt")
     names = sorted(os.listdir(tmp_path))
     (tmp_path / "folder").mkdir()
@@ -461,7 +462,8 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(tmp_path, monkeypatch, ca
     ["--omega", "0"], ["--omega", "-2"], ["--omega", "nan"], ["--omega", "inf"],
     ["--interval", "0.6", "0.4"], ["--interval", "0", "1.5"], ["--steps", "0"], ["--num", "0"],
     ["--num", "x"], ["--batch-size", "0"], ["--device", "abacus"], ["--out", "x.jpeg"],
-    ["--out", "x.npz", "--omega", "1", "2"], ["--out", "last.pt/x.png"], ["--sead", "1"]])
+    ["--out", "x.npz", "--omega", "1", "2"], ["--out", "last.pt/x.png"], ["--sead", "1"],
+    ["--num", "1000000", "--out", "x.png"], ["--out", "."]])
 def test_sample_refuses_bad_arguments_in_one_line(argv, tmp_path, monkeypatch, capsys):
     checkpoint(tmp_path / "last.pt", network(channels=1))
     monkeypatch.chdir(tmp_path)
@@ -676,6 +678,13 @@ def test_the_centre_crop_is_that_of_adm():
     by_hand = image.resize((50, 20), Image.BOX).resize((40, 16), Image.BICUBIC)
     by_hand = by_hand.crop((12, 0, 28, 16))
     assert np.array_equal(np.asarray(train.centre_crop(image, 16)), np.asarray(by_hand))
+
+
+def test_sixteen_bits_keep_their_shades_and_what_has_no_white_is_left_out(tmp_path):
+    Image.fromarray(np.full((9, 9), 0x8000, np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "b.tif")
+    files = train.Files([tmp_path / "a.png", tmp_path / "b.tif"], 4)
+    assert (files[0] == 0x80).all() and files[1] is None
 
 
 def test_training_on_a_folder(small, flowers, tmp_path, monkeypatch):
