@@ -134,6 +134,12 @@ def scan(folder):
     return paths, np.array(labels), len(classes)
 
 
+def sweep(folder):
+    """Removes what a killed run left half-written."""
+    for path in folder.glob("*.tmp"):
+        path.unlink()
+
+
 def folder_data(folder, size, cache):
     """The images of a folder as Data, decoded once into `cache` and memory-mapped from there."""
     paths, labels, num_classes = scan(folder)
@@ -152,6 +158,7 @@ def folder_data(folder, size, cache):
     bad = []
     try:
         cache.mkdir(exist_ok=True)
+        sweep(cache)
         (cache / "meta.json").unlink(missing_ok=True)
         with sample.atomic(cache / "images.npy") as file:
             images = itertools.chain.from_iterable(loader)
@@ -331,8 +338,7 @@ def main():
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.tmp"):  # by a run that was killed while it wrote
-        left.unlink()
+    sweep(out)
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings |= {"image_size": image_size, "source": data.source}
     step = skipped = streak = 0
