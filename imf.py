@@ -6,7 +6,7 @@
 
 MeanFlow regresses u on that right-hand side, which contains u itself. Improved MeanFlow regresses
 V = u + (t - r) sg[du/dt] on v: an ordinary regression, since the direction of du/dt is the
-network's own velocity and V so depends on (z_t, r, t) alone (sections 4.1 and 4.2).
+network's own velocity and V so depends on (z_t, r, t) alone.
 """
 
 from typing import NamedTuple
@@ -98,7 +98,7 @@ def imf_loss(net, x, y, draws, tangent="v-head"):
 
     V = u.index_add(0, m, (t - r)[m].view(col) * du_dt)  # V = u + (t - r) sg[du/dt]
     loss = 0
-    for prediction in (V, v):
+    for prediction in (V, v):  # each s / sg[s + 0.01]: every sample pulls about equally hard
         s = (prediction - v_g).square().flatten(1).sum(1)
         loss = loss + (s / (s + 0.01).detach()).mean()
     with torch.no_grad():
