@@ -51,10 +51,11 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, beta=1.0,
 TANGENTS = ("v-head", "boundary", "conditional")
 
 
-def imf_loss(net, x, y, draws, tangent="v-head"):
+def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """The loss of a batch x (B, C, H, W), y (B,), and {"loss_u", "loss_v"}: plain mean squares.
 
-    net is a DiT, or a DDP around one. The loss itself is always close to 2 and says nothing.
+    net is a DiT, or a DDP around one. The loss itself is always close to 2 and says nothing, as
+    every sample pulls about equally hard; with a large norm_eps it is a plain mean square.
     tangent is the direction of du/dt: "v-head" (iMF), "boundary" (iMF without a head: u at r = t),
     or "conditional" (the original MeanFlow: the sample's own v_g). ValueError for any other.
     """
@@ -98,9 +99,9 @@ def imf_loss(net, x, y, draws, tangent="v-head"):
 
     V = u.index_add(0, m, (t - r)[m].view(col) * du_dt)  # V = u + (t - r) sg[du/dt]
     loss = 0
-    for prediction in (V, v):  # each s / sg[s + 0.01]: every sample pulls about equally hard
+    for prediction in (V, v):  # each s / sg[s + eps]
         s = (prediction - v_g).square().flatten(1).sum(1)
-        loss = loss + (s / (s + 0.01).detach()).mean()
+        loss = loss + (s / (s + norm_eps).detach()).mean()
     with torch.no_grad():
         return loss, {"loss_u": (V - v_g).square().mean(), "loss_v": (v - v_g).square().mean()}
 

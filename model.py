@@ -158,13 +158,13 @@ class DiT(nn.Module):
         trunk = self._trunk(x, h, omega, t_min, t_max, y)
         return self._u(*trunk), self._v(*trunk)
 
-    def u(self, x, h, omega, t_min, t_max, y):
+    def u(self, *inputs):
         """The average velocity u alone."""
-        return self._u(*self._trunk(x, h, omega, t_min, t_max, y))
+        return self._u(*self._trunk(*inputs))
 
-    def v(self, x, h, omega, t_min, t_max, y):
+    def v(self, *inputs):
         """The velocity v alone."""
-        return self._v(*self._trunk(x, h, omega, t_min, t_max, y))
+        return self._v(*self._trunk(*inputs))
 
     def _trunk(self, x, h, omega, t_min, t_max, y):
         x = torch.cat((
@@ -200,24 +200,22 @@ class DiT(nn.Module):
 def from_state(state, image_size=32):
     """The DiT whose state_dict() this is: every size but the image's is read off the shapes.
 
-    Takes the tensors over without a copy. Raises ValueError if they are no such weights.
+    Takes the tensors over without a copy. Raises KeyError, ValueError, RuntimeError, ... if they
+    are no such weights.
     """
     def blocks(name):
         return len({key.split(".")[1] for key in state if key.startswith(name + ".")})
 
-    try:
-        hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
-        with torch.device("meta"):
-            net = DiT(
-                image_size, channels, len(state["y_embedder.weight"]) - 1, patch_size, hidden_size,
-                depth=blocks("shared_blocks") + blocks("u_heads"),
-                num_heads=hidden_size // len(state["u_heads.0.attn.q_norm.weight"]),
-                head_depth=blocks("u_heads"))
-        if not blocks("v_heads"):
-            net.v_heads = None
-        net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"no weights of an iMF network ({str(error).splitlines()[0]})") from None
+    hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
+    with torch.device("meta"):
+        net = DiT(
+            image_size, channels, len(state["y_embedder.weight"]) - 1, patch_size, hidden_size,
+            depth=blocks("shared_blocks") + blocks("u_heads"),
+            num_heads=hidden_size // len(state["u_heads.0.attn.q_norm.weight"]),
+            head_depth=blocks("u_heads"))
+    if not blocks("v_heads"):
+        net.v_heads = None
+    net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return net.requires_grad_()
 
 
@@ -228,21 +226,18 @@ RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embeddi
 def from_official(state_dict, image_size=32):
     """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
 
-    The files for sampling have no v-head; a complete state dict loads complete. Raises
-    ValueError if the names or shapes are not the release's.
+    The files for sampling have no v-head; a complete state dict loads complete. Raises as
+    from_state does.
     """
     state = {}
     for name, value in state_dict.items():
         for old, new in RELEASED:
             name = name.replace(old, new, 1)
         state[name] = value
-    try:
-        for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("w13", ("w1", "w3"))):
-            for name in [name for name in state if f".{parts[0]}." in name]:
-                values = [state.pop(name.replace(parts[0], part)) for part in parts]
-                state[name.replace(parts[0], whole)] = torch.cat(values)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"no released weights of iMF ({error})") from None
+    for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("w13", ("w1", "w3"))):
+        for name in [name for name in state if f".{parts[0]}." in name]:
+            values = [state.pop(name.replace(parts[0], part)) for part in parts]
+            state[name.replace(parts[0], whole)] = torch.cat(values)
     return from_state(state, image_size)
 
 

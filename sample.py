@@ -14,6 +14,7 @@ import contextlib
 import os
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,13 +24,23 @@ from tqdm import tqdm
 import imf
 import model
 
-
 # How a network is asked to draw where nothing is said.
 GUIDANCE = dict(omega=2.0, t_min=0.0, t_max=1.0)
 
 
 class Fault(Exception):
     """Something that the user can mend: one line that names it, what was expected and the cure."""
+
+
+@contextlib.contextmanager
+def blame(what):
+    """Whatever goes wrong inside becomes a Fault that names `what`."""
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as error:
+        raise Fault(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,64 +52,55 @@ def run(main):
     """Runs a command line: a Fault is one line on stderr and exit status 2, Ctrl-C is silent."""
     try:
         main()
-    except (Fault, OSError) as error:
-        name = os.path.basename(sys.argv[0])
-        if isinstance(error, OSError) and error.filename:
-            error = f"{error.filename}: {error.strerror}"
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
-        print("out of memory: a smaller --batch-size needs less, and so does a larger --accum",
-              file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            error = "out of memory: a smaller --batch-size needs less, and so does a larger --accum"
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
+    def number(text):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
+        return kind(text)
+    return number
 
 
-def pick_device(name):
+def pick_device(name=None):
     """The torch device called `name`, or the best one here for None. Raises Fault without it."""
-    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    name = name or next((n for n, a in accelerators.items() if a.is_available()), "cpu")
-    try:
+    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with blame(f"--device {name}"):
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise Fault(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
 def atomic(path):
     """Opens a temporary file that becomes `path` if the block succeeds and is removed otherwise."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(temporary)
-        if isinstance(error.__context__, OSError):  # torch.save hides it behind its own error
-            error = error.__context__
-        if isinstance(error, OSError):
-            raise Fault(f"cannot write {path}: {error.strerror}") from None
+            temporary.unlink()
+        cause = error.__context__ or error  # torch.save hides a full disk behind its own error
+        if isinstance(cause, OSError):
+            raise Fault(f"cannot write {path}: {cause.strerror}") from None
         raise
 
 
 def load_file(path, mmap=False):
-    """What torch.save wrote to `path`: tensors and plain values only, no pickled code is run."""
+    """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError  # torch.load does not compare the check sums
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise Fault(f"cannot read {path}: {error.strerror}") from None
@@ -113,21 +115,17 @@ def load(path, device="cpu"):
     Raises Fault if the file is missing, damaged or something else.
     """
     saved = load_file(path, mmap=True)
-    if not isinstance(saved, dict):
-        saved = {}
-    try:
+    with blame(f"cannot use {path}"):
         if "ema" in saved:
             info = dict(saved["settings"], step=saved["step"])
             if type(info["image_size"]) is not int or not 1 <= info["image_size"] <= 1024:
                 raise ValueError(f"image size {info['image_size']}")
             net = model.from_state(saved["ema"], info["image_size"])
-        elif any(str(key).startswith("net.") for key in saved):
-            info, net = {}, model.from_official(saved)
         else:
-            raise ValueError("it is neither our checkpoint nor the authors' weights")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Fault(f"cannot use {path}: {error}") from None
-    return net.to(device).eval(), {**GUIDANCE, **info}
+            net, info = model.from_official(saved), {}
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("some of its weights are not finite")
+        return net.to(device).eval(), {**GUIDANCE, **info}
 
 
 def generate(net, indices, classes, seed=0, batch_size=64, **guidance):

@@ -38,20 +38,23 @@ import model
 import sample
 from sample import Fault, number
 
-# What --model tiny takes where nothing is said, for minutes on two CPU cores.
-TINY = dict(batch_size=64, lr=1.2e-2, warmup=100, decay_after=200, ema=0.998, steps=2400,
-            t_mean=-0.2, t_std=1.3)
-
-# The release's recipe, for the networks of the paper; steps and warm-up are in epochs here.
-PAPER = dict(batch_size=1024, lr=1e-4, warmup_epochs=10, decay_after=0, ema=0.9999,
-             steps_epochs=640, t_mean=-0.4, t_std=1.0)
+# Where nothing is said: for tiny, minutes on two CPU cores; for the others the release's recipe.
+COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+RECIPES = {
+    "batch_size": (64, 1024, COUNT, "images a step"),
+    "steps": (3200, "640 epochs", COUNT, "of training"),
+    "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
+    "warmup": (100, "10 epochs", number(int, 0), "steps in which it rises"),
+    "cooldown": (1.0, 0.0, SHARE, "the last share of the steps, in which it falls to 0"),
+    "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
+    "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
+    "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
+    "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its square error"),
+}
 
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = ("model", "batch_size", "lr", "warmup", "decay_after", "ema", "t_mean", "t_std",
-            "tangent", "precision", "seed")
-
-
-# ---- Data: images uint8 (N, C, H, W), labels (N,) -------------------------------------------
+SETTINGS = ("model", "batch_size", "lr", "warmup", "cooldown", "ema", "t_mean", "t_std",
+            "norm_eps", "tangent", "precision", "seed")
 
 
 class Data(NamedTuple):
@@ -62,21 +65,21 @@ class Data(NamedTuple):
 
 
 def digits(n, seed=0):
-    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 20, 20), labels (n,).
+    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,).
 
     Pillow's own font, varied in place, size, angle and stroke.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
-    images = np.empty((n, 1, 20, 20), np.uint8)
-    fonts = [ImageFont.load_default(size) for size in range(29, 36)]
+    images = np.empty((n, 1, 12, 12), np.uint8)
+    fonts = [ImageFont.load_default(size) for size in range(33, 41)]
     for image, label in zip(images, labels):
-        canvas = Image.new("L", (40, 40))
-        ImageDraw.Draw(canvas).text((20, 20), str(label), 255, fonts[rng.integers(len(fonts))],
-                                    anchor="mm", stroke_width=rng.uniform(0.5, 1.5))
+        canvas = Image.new("L", (48, 48))
+        ImageDraw.Draw(canvas).text((24, 24), str(label), 255, fonts[rng.integers(len(fonts))],
+                                    anchor="mm", stroke_width=rng.uniform(0.6, 1.8))
         canvas = canvas.rotate(rng.uniform(-12, 12), Image.BICUBIC,
-                               translate=tuple(rng.uniform(-2.5, 2.5, 2)))
-        image[0] = canvas.reduce(2)
+                               translate=tuple(rng.uniform(-3, 3, 2)))
+        image[0] = canvas.reduce(4)
     return images, labels
 
 
@@ -91,35 +94,24 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class Files(torch.utils.data.Dataset):
-    """The image files as uint8 (3, size, size); None for what cannot be read as a picture."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            with Image.open(self.paths[i]) as image:
-                if image.mode.startswith("I;16"):  # Pillow would clip it
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                elif image.mode in ("I", "F"):
-                    return None  # black and white are anyone's guess
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = centre_crop(image.convert("RGB"), self.size)
-        except Exception:  # a damaged file may raise anything
-            return None
-        return np.asarray(image).transpose(2, 0, 1)
+def decode(paths, size):
+    """Image files as uint8 (3, size, size) each; None for what cannot be read as a picture."""
+    images = [None] * len(paths)
+    for i, path in enumerate(paths):
+        with contextlib.suppress(Exception), Image.open(path) as image:  # damage may raise anything
+            if image.mode in ("I", "F"):
+                continue  # black and white are anyone's guess
+            if image.mode.startswith("I;16"):  # Pillow would clip it
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images[i] = np.array(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
+    return images
 
 
 def scan(folder):
     """(paths, labels, number of classes) of a folder with one sub-folder per class."""
-    if not os.path.isdir(folder):
-        raise Fault(f"--data {folder}: no such folder")
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     if not classes:
         raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
@@ -134,65 +126,49 @@ def scan(folder):
     return paths, np.array(labels), len(classes)
 
 
-def sweep(folder):
-    """Removes what a killed run left half-written."""
-    for path in folder.glob("*.tmp"):
-        path.unlink()
-
-
 def folder_data(folder, size, cache):
     """The images of a folder as Data, decoded once into `cache` and memory-mapped from there."""
     paths, labels, num_classes = scan(folder)
-    facts = [(os.path.relpath(p, folder), os.stat(p)) for p in paths]
+    facts = [(path[len(folder):], os.stat(path)) for path in paths]
     facts = repr((size, [(name, s.st_size, s.st_mtime_ns) for name, s in facts]))
-    source = hashlib.sha256(facts.encode()).hexdigest()
-    cache = Path(cache)
-    shape = len(paths), 3, size, size
-    with contextlib.suppress(Exception):  # there is none yet, or it is damaged or out of date
-        return open_cache(cache, num_classes, source, shape)
-    free = shutil.disk_usage(cache.absolute().parent).free
-    if math.prod(shape) > free:
-        raise Fault(f"the cache {cache} needs {math.prod(shape) / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                    "are free there; --cache puts it elsewhere")
-    loader = DataLoader(Files(paths, size), 16, collate_fn=list, num_workers=os.cpu_count())
-    bad = []
+    source = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    cache, shape = Path(cache), (len(paths), 3, size, size)
+    images_file, labels_file = (cache / f"{name}-{source}.npy" for name in ("images", "labels"))
+    with contextlib.suppress(Exception):  # there is none yet, or a damaged one
+        images = np.load(images_file, mmap_mode="r", allow_pickle=False)
+        known = np.load(labels_file, allow_pickle=False)
+        if (images.shape, known.shape) == (shape, shape[:1]) and known.max() < num_classes:
+            return Data(images, known, num_classes, source)
+
+    needed, free = math.prod(shape), shutil.disk_usage(cache.absolute().parent).free
+    if needed > free:
+        raise Fault(f"the cache {cache} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
+                    "there; --cache puts it elsewhere")
+    loader = DataLoader(paths, 16, collate_fn=functools.partial(decode, size=size),
+                        num_workers=os.cpu_count())
     try:
         cache.mkdir(exist_ok=True)
-        sweep(cache)
-        (cache / "meta.json").unlink(missing_ok=True)
-        with sample.atomic(cache / "images.npy") as file:
-            images = itertools.chain.from_iterable(loader)
-            images = tqdm(images, "decoding", len(paths), unit=" images")
+        for old in itertools.chain(cache.glob("images-*.npy*"), cache.glob("labels-*.npy*")):
+            old.unlink()
+        with sample.atomic(images_file) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for i, image in enumerate(images):
-                bad += [i] if image is None else []
+            images = itertools.chain.from_iterable(loader)
+            for i, image in enumerate(tqdm(images, "decoding", len(paths), unit=" images")):
+                labels[i] = -1 if image is None else labels[i]
                 file.write((np.zeros(shape[1:], np.uint8) if image is None else image).tobytes())
-            labels[bad] = -1
-            names = ", ".join(paths[i] for i in bad[:5]) + ", ..." * (len(bad) > 5)
+            bad = [paths[i] for i in np.flatnonzero(labels < 0)]
+            names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
             if len(np.unique(labels[labels >= 0])) < num_classes:
                 raise Fault(f"--data {folder}: a class is left without images; unreadable: {names}")
-        with sample.atomic(cache / "labels.npy") as file:
+        with sample.atomic(labels_file) as file:
             np.save(file, labels)
-        with sample.atomic(cache / "meta.json") as file:
-            file.write(json.dumps({"source": source}).encode())
     finally:
         with contextlib.suppress(OSError):
             cache.rmdir()  # if nothing came of it
     if bad:
         print(f"skipped {len(bad)} of {len(paths)} files, no images: {names}", file=sys.stderr)
-    return open_cache(cache, num_classes, source, shape)
-
-
-def open_cache(cache, num_classes, source, shape):
-    """The cache as Data; raises ValueError, or what reading it raises, unless it is whole."""
-    images = np.load(cache / "images.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(cache / "labels.npy", allow_pickle=False)
-    if (json.loads((cache / "meta.json").read_text())["source"] != source
-            or (images.dtype, images.shape, labels.shape) != (np.uint8, shape, shape[:1])
-            or labels.max() >= num_classes):
-        raise ValueError
-    return Data(images, labels, num_classes, source)
+    return Data(np.load(images_file, mmap_mode="r"), labels, num_classes, source)
 
 
 @functools.lru_cache(2)
@@ -212,47 +188,27 @@ def batch(data, index, args, step):
     return x, torch.from_numpy(data.labels[i]), draws
 
 
-# ---- The run ---------------------------------------------------------------------------------
-
-
 def arguments():
     p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, flag = number(int, 1), p.add_argument
-
-    def default(name, paper=None):
-        return f" (tiny: {TINY[name]}, else: {paper or PAPER[name]})"
-
+    flag = p.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
-    flag("--image-size", type=count, default=32, metavar="N", help="for --data; default: 32")
+    flag("--image-size", type=COUNT, default=32, metavar="N", help="for --data; default: 32")
     flag("--vae", choices=["none"], default="none", help="none: train on pixels")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
-    flag("--steps", type=count, metavar="N", help="of training" + default("steps", "640 epochs"))
-    flag("--batch-size", type=count, metavar="N", help="images a step" + default("batch_size"))
-    flag("--accum", type=count, default=1, metavar="N", help="parts of a batch, in turn")
-    flag("--lr", type=number(float, 1e-12), metavar="RATE", help="learning rate" + default("lr"))
-    flag("--warmup", type=number(int, 0), metavar="N",
-         help="steps in which it rises" + default("warmup", "10 epochs"))
-    flag("--decay-after", type=number(int, 0), metavar="N",
-         help="steps after which it falls with 1 / sqrt(step), 0: never" + default("decay_after"))
-    flag("--ema", type=number(float, 0, 1), help="decay of the averaged weights" + default("ema"))
-    flag("--t-mean", type=number(float, -100, 100), metavar="MEAN",
-         help="t and r are sigmoid(N(mean, std^2))" + default("t_mean"))
-    flag("--t-std", type=number(float, 0), metavar="STD", help="see --t-mean" + default("t_std"))
+    for name, (tiny, paper, kind, text) in RECIPES.items():
+        flag("--" + name.replace("_", "-"), type=kind, metavar="N",
+             help=f"{text} (tiny: {tiny}, else: {paper})")
+    flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, in turn")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N")
-    flag("--log-every", type=count, default=50, metavar="N", help="default: 50")
-    flag("--save-every", type=count, default=500, metavar="N", help="checkpoint; default: 500")
-    flag("--sample-every", type=count, default=500, metavar="N", help="pictures; default: 500")
+    flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50")
+    flag("--save-every", type=COUNT, default=500, metavar="N", help="checkpoint; default: 500")
+    flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
     args = p.parse_args()
-
-    where = Path(args.out).absolute()
-    where = next(path for path in (where, *where.parents) if path.exists())
-    if not where.is_dir() or not os.access(where, os.W_OK):
-        raise Fault(f"--out {args.out}: {where} is not a folder that can be written to")
     patch_size = model.MODELS[args.model]["patch_size"]
     if args.data and args.image_size % patch_size:
         raise Fault(f"--image-size {args.image_size} is no multiple of the patch size {patch_size}")
@@ -261,11 +217,10 @@ def arguments():
 
 def settle(args, n):
     """Fills in what the command line left open, for a data set of n images."""
-    defaults = dict(TINY if args.model == "tiny" else PAPER)
-    args.batch_size = args.batch_size or defaults["batch_size"]
-    for name, value in defaults.items():
-        if name.endswith("_epochs"):
-            name, value = name.removesuffix("_epochs"), math.ceil(value * n / args.batch_size)
+    for name, recipe in RECIPES.items():
+        value = recipe[args.model != "tiny"]
+        if isinstance(value, str):  # so many epochs
+            value = math.ceil(int(value.split()[0]) * n / args.batch_size)
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.batch_size % args.accum:
@@ -273,35 +228,23 @@ def settle(args, n):
 
 
 def resume(path, settings, net, ema, optimizer):
-    """Loads a checkpoint into the three and returns its (step, skipped, streak).
+    """Loads a checkpoint into the three and returns its (step, skipped, streak, logged).
 
     Raises Fault if it is damaged, or was made with other settings.
     """
     saved = sample.load_file(path)
-    try:
+    with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
             if saved["settings"][key] != value:
-                what = "other data" if key == "source" else (
+                what = "other data" if key in ("image_size", "source") else (
                     f"--{key.replace('_', '-')} {saved['settings'][key]}, not {value}")
                 raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
-        net.load_state_dict(saved.pop("net"))
-        ema.load_state_dict(saved.pop("ema"))
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        counts = saved["step"], saved["skipped"], saved["streak"]
+        for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(saved.pop(name))
+        counts = [saved[name] for name in ("step", "skipped", "streak", "logged")]
         if any(type(n) is not int or n < 0 for n in counts):
-            raise ValueError
+            raise ValueError(f"its counts are {counts}")
         return counts
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
-        raise Fault(f"{path} is no checkpoint of this program: choose another --out") from None
-
-
-def rewind(log, step):
-    """Drops from log.jsonl what was logged after the checkpoint: those steps run again."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError), open(log) as file:
-        lines.extend(line for line in file if json.loads(line)["step"] <= step)
-    with sample.atomic(log) as file:
-        file.write("".join(lines).encode())
 
 
 def peak_memory(device):
@@ -338,18 +281,21 @@ def main():
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings |= {"image_size": image_size, "source": data.source}
-    step = skipped = streak = 0
+    settings |= {"steps": args.steps} if args.cooldown else {}
+    step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
-        step, skipped, streak = resume(out / "last.pt", settings, net, ema, optimizer)
-    rewind(out / "log.jsonl", step)
+        step, skipped, streak, logged = resume(out / "last.pt", settings, net, ema, optimizer)
+    (out / "log.jsonl").touch()
+    records = (out / "log.jsonl").read_bytes().splitlines(True)
+    with sample.atomic(out / "log.jsonl") as file:
+        file.writelines(records[:logged])  # what came after the checkpoint runs again
 
     def save():
         with sample.atomic(out / "last.pt") as file:
-            torch.save({"step": step, "skipped": skipped, "streak": streak, "settings": settings,
-                        "net": net.state_dict(), "ema": ema.state_dict(),
+            torch.save({"step": step, "skipped": skipped, "streak": streak, "logged": logged,
+                        "settings": settings, "net": net.state_dict(), "ema": ema.state_dict(),
                         "optimizer": optimizer.state_dict()}, file)
 
     def draw_sheet():  # from the same noise each time: in one step above, in two below
@@ -358,14 +304,9 @@ def main():
             ema, range(20), classes.tolist(), args.seed, steps=steps, **sample.GUIDANCE)]
         sample.write_sheet(out / f"step-{step:06d}.png", np.concatenate(images), 10)
 
-    stop = []  # the first Ctrl-C ends the run after this step, the second at once
-
-    def ask_to_stop(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):  # end the run after this step
+        signal.signal(name, lambda number, _: stop.append(number))
 
     worker = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
     prepare = functools.partial(worker.submit, batch, data, index, args)
@@ -379,14 +320,15 @@ def main():
                 part = slice(k, None, args.accum)
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     loss, log = imf.imf_loss(net, x[part].to(device), y[part].to(device),
-                                             imf.Draws(*(d[part] for d in draws)), args.tangent)
+                                             imf.Draws(*(d[part] for d in draws)), args.tangent,
+                                             args.norm_eps)
                 (loss / args.accum).backward()
                 losses += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
 
             norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
             lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-            if args.decay_after:
-                lr *= min(1, (args.decay_after / (step + 1)) ** 0.5)
+            if args.cooldown:
+                lr *= min(1, (1 - step / args.steps) / args.cooldown)
             optimizer.param_groups[0]["lr"] = lr
             if math.isfinite(norm):
                 optimizer.step()
@@ -412,6 +354,7 @@ def main():
                           "peak_memory_gb": peak_memory(device)}
                 with open(out / "log.jsonl", "a") as file:
                     print(json.dumps(record), file=file)
+                logged += 1
                 sums, since = np.zeros(3), (step, time.time())
             if step % args.sample_every == 0 or step == args.steps:
                 draw_sheet()
