@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
 class Draws(NamedTuple):
     """The random numbers of one training step. The samples with r = t (flow matching) are first."""
 
@@ -25,7 +24,6 @@ class Draws(NamedTuple):
     t_min: torch.Tensor
     t_max: torch.Tensor
     drop: torch.Tensor  # bool: this sample loses its class
-
 
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, beta=1.0,
          class_dropout=0.1):
@@ -47,9 +45,7 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, beta=1.0,
     return Draws(noise, t, torch.where(fm, t, r), omega, torch.where(fm, 0, b / 2),
                  torch.where(fm, 1, (1 + c) / 2), fm & (i < (d < class_dropout).sum()))
 
-
 TANGENTS = ("v-head", "boundary", "conditional")
-
 
 def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """The loss of a batch x (B, C, H, W), y (B,), and {"loss_u", "loss_v"}: plain mean squares.
@@ -104,7 +100,6 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         loss = loss + (s / (s + norm_eps).detach()).mean()
     with torch.no_grad():
         return loss, {"loss_u": (V - v_g).square().mean(), "loss_v": (v - v_g).square().mean()}
-
 
 @torch.no_grad()
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):

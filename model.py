@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-
+from torch.utils.checkpoint import checkpoint
 
 def rotations(n, dim, device):
     """exp(i angle), (n, dim / 2) complex, for the angles index * 10000^(-2 k / dim)."""
@@ -22,12 +22,10 @@ def rotations(n, dim, device):
     angles = torch.arange(n, device=device, dtype=torch.float32)[:, None] * theta
     return torch.polar(torch.ones_like(angles), angles)
 
-
 def rotate(x, rotary):
     """Rotary embedding of x (..., n, dim): the pairs (0, 1), (2, 3), ... turn by their angles."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
-
 
 class Linear(nn.Linear):
     """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
@@ -36,7 +34,6 @@ class Linear(nn.Linear):
         x, dx = forward_ad.unpack_dual(x)
         Wx = super().forward(x)
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
-
 
 class Attention(nn.Module):
     def __init__(self, hidden_size, num_heads):
@@ -54,7 +51,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
-
 class SwiGLU(nn.Module):
     def __init__(self, hidden_size):
         super().__init__()
@@ -65,7 +61,6 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         w1x, w3x = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(w1x) * w3x)
-
 
 class Block(nn.Module):
     def __init__(self, hidden_size, num_heads):
@@ -82,7 +77,6 @@ class Block(nn.Module):
     def forward(self, x, rotary):
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
         return x + self.mlp_scale * self.mlp(self.norm2(x))
-
 
 class ScalarEmbedder(nn.Module):
     """A number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
@@ -101,7 +95,6 @@ class ScalarEmbedder(nn.Module):
         angles = s[:, None] * torch.exp(-math.log(10000) / 128 * i)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))
 
-
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size, out_features):
         super().__init__()
@@ -112,7 +105,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x):
         return self.linear(self.norm(x))
-
 
 class DiT(nn.Module):
     """The two velocities of a batch, from the noisy images and the conditions alone.
@@ -131,6 +123,7 @@ class DiT(nn.Module):
             raise ValueError(f"{hidden_size=}, {num_heads=}, {depth=}, {head_depth=} do not fit")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
+        self.checkpoint = False  # True: activation checkpointing, block by block
 
         def tokens(n):
             return nn.Parameter(torch.randn(n, hidden_size) / math.sqrt(hidden_size))
@@ -176,9 +169,15 @@ class DiT(nn.Module):
             self.x_embedder(x).flatten(2).transpose(1, 2),
         ), 1)
         rotary = rotations(x.shape[1], self.head_dim, x.device)
-        for block in self.shared_blocks:
-            x = block(x, rotary)
-        return x, rotary
+        return self._run(self.shared_blocks, x, rotary), rotary
+
+    def _run(self, blocks, x, rotary):
+        for block in blocks:
+            if self.checkpoint and torch.is_grad_enabled():  # activations are computed twice
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        return x
 
     def _u(self, x, rotary):
         return self._branch(self.u_heads, self.u_final_layer, x, rotary)
@@ -189,19 +188,16 @@ class DiT(nn.Module):
         return self._branch(self.v_heads, self.v_final_layer, x, rotary)
 
     def _branch(self, blocks, final_layer, x, rotary):
-        for block in blocks:
-            x = block(x, rotary)
+        x = self._run(blocks, x, rotary)
         n, p = self.image_size // self.patch_size, self.patch_size
         x = final_layer(x[:, -n * n:]).float()
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))  # (B, row, column, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-
 def from_state(state, image_size=32):
-    """The DiT whose state_dict() this is: every size but the image's is read off the shapes.
+    """The DiT whose state_dict() this is, not copied; its sizes are read off the shapes.
 
-    Takes the tensors over without a copy. Raises KeyError, ValueError, RuntimeError, ... if they
-    are no such weights.
+    Raises KeyError, ValueError, RuntimeError, ... if they are no such weights.
     """
     def blocks(name):
         return len({key.split(".")[1] for key in state if key.startswith(name + ".")})
@@ -218,16 +214,13 @@ def from_state(state, image_size=32):
     net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return net.requires_grad_()
 
-
 RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embedding.", ""),
             ("x_embedder.proj", "x_embedder"), ("cfg_t_start", "t_min"), ("cfg_t_end", "t_max"))
-
 
 def from_official(state_dict, image_size=32):
     """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
 
-    The files for sampling have no v-head; a complete state dict loads complete. Raises as
-    from_state does.
+    Their files have no v-head; a complete state dict loads complete. Raises as from_state does.
     """
     state = {}
     for name, value in state_dict.items():
@@ -239,7 +232,6 @@ def from_official(state_dict, image_size=32):
             values = [state.pop(name.replace(parts[0], part)) for part in parts]
             state[name.replace(parts[0], whole)] = torch.cat(values)
     return from_state(state, image_size)
-
 
 MODELS = {  # params to sample: 89 M, 174 M, 409 M, 610 M for 32x32x4 and 1000 classes
     "tiny": dict(patch_size=4, hidden_size=96, depth=3, num_heads=3, head_depth=1),

@@ -3,34 +3,47 @@
     python sample.py                                           10 x 10 digits from out/last.pt
     python sample.py --omega 1 2 4 8 --out omegas.png          one row for each guidance scale
     python sample.py --classes 3 7 --num 1000 --out threes/    a folder of PNGs
-    python sample.py --num 50000 --out images.npz              what evaluation suites read
+    python sample.py iMF-XL-2.pth --classes 207 88             the authors' weights, with their VAE
+    torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
 Image i is made from noise that depends on (seed, i) alone: neither the batch size, nor the
-number of images, nor their order changes it.
+number of images or processes, nor their order changes it. What was interrupted is completed.
 """
 
 import argparse
 import contextlib
+import datetime
+import itertools
 import os
+import shutil
+import signal
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import imf
 import model
 
-# How a network is asked to draw where nothing is said.
-GUIDANCE = dict(omega=2.0, t_min=0.0, t_max=1.0)
+# How a network is asked to draw where nothing is said: (omega, t_min, t_max). For latents it is
+# what the authors advise, by the network's depth, in one step and in more.
+GUIDANCE = (2.0, 0.0, 1.0)
+ADVISED = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8.0, 0.42, 0.62)}
+ADVISED_IN_STEPS = {**ADVISED, 48: (4.0, 0.36, 0.64)}
 
+# The paper's VAE; the mean and the deviation of each channel of its latents of ImageNet.
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
+LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
+LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
 
 class Fault(Exception):
     """Something that the user can mend: one line that names it, what was expected and the cure."""
-
 
 @contextlib.contextmanager
 def blame(what):
@@ -42,11 +55,9 @@ def blame(what):
     except Exception as error:
         raise Fault(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(message)
-
 
 def run(main):
     """Runs a command line: a Fault is one line on stderr and exit status 2, Ctrl-C is silent."""
@@ -57,9 +68,11 @@ def run(main):
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             error = "out of memory: a smaller --batch-size needs less, and so does a larger --accum"
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):  # if rank 0 says the same, torchrun ends us meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
@@ -69,13 +82,31 @@ def number(kind, low, high=10**12):
         return kind(text)
     return number
 
-
-def pick_device(name=None):
-    """The torch device called `name`, or the best one here for None. Raises Fault without it."""
-    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+def join(name=None):
+    """(device, rank, world): the device called `name`, or the best one here; under torchrun the
+    number of this process, which joins the others, and how many they are. Raises Fault."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with blame(f"--device {name}"):
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():  # some wait long while others encode
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
+    return device, rank, world
 
+def total(tensor):
+    """The sum over all processes, each of which waits for the others."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 @contextlib.contextmanager
 def atomic(path):
@@ -95,151 +126,193 @@ def atomic(path):
             raise Fault(f"cannot write {path}: {cause.strerror}") from None
         raise
 
-
 def load_file(path, mmap=False):
     """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError  # torch.load does not compare the check sums
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise Fault(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
-        raise Fault(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or f"damaged or no checkpoint, {error!r:.40}"
+        raise Fault(f"cannot read {path}: {reason}") from None
 
-
-def load(path, device="cpu"):
+def load(path, device="cpu", steps=1):
     """(net, info) from our own checkpoint (its EMA weights) or from the authors' released weights.
 
-    info holds the settings of the training, and omega, t_min, t_max: its usual guidance.
-    Raises Fault if the file is missing, damaged or something else.
+    info holds the settings of the training, `vae` ("none" for pixels), and omega, t_min, t_max:
+    the guidance that suits it in so many steps. Raises Fault if the file is no such thing.
     """
     saved = load_file(path, mmap=True)
     with blame(f"cannot use {path}"):
         if "ema" in saved:
-            info = dict(saved["settings"], step=saved["step"])
+            info = {"vae": "none", **saved["settings"], "step": saved["step"]}
             if type(info["image_size"]) is not int or not 1 <= info["image_size"] <= 1024:
                 raise ValueError(f"image size {info['image_size']}")
             net = model.from_state(saved["ema"], info["image_size"])
         else:
-            net, info = model.from_official(saved), {}
+            net, info = model.from_official(saved), {"vae": VAE_NAME}
         if not all(p.isfinite().all() for p in net.parameters()):
             raise ValueError("some of its weights are not finite")
-        return net.to(device).eval(), {**GUIDANCE, **info}
+        depth = len(net.shared_blocks) + len(net.u_heads)
+        advised = {} if info["vae"] == "none" else ADVISED if steps == 1 else ADVISED_IN_STEPS
+        guidance = dict(zip(("omega", "t_min", "t_max"), advised.get(depth, GUIDANCE)))
+        return net.to(device).eval(), {**guidance, **info}
 
+class VAE:
+    """Images (B, 3, 8 h, 8 w) to latents (B, 4, h, w) and back, with diffusers' AutoencoderKL.
 
-def generate(net, indices, classes, seed=0, batch_size=64, **guidance):
+    name: a folder, or a model on the Hugging Face hub, with safetensors. Raises Fault.
+    """
+
+    def __init__(self, name, device="cpu"):
+        import diffusers  # takes seconds, and who draws pixels does not need it
+        with blame(f"--vae {name}"):
+            net = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True)
+        factor = 2 ** (len(net.config.block_out_channels) - 1)
+        if (net.config.latent_channels, factor) != (4, 8):
+            raise Fault(f"--vae {name} has {net.config.latent_channels} channels of 1/{factor} of "
+                        "the image's size; 4 of 1/8 are needed")
+        self.name, self.net = name, net.to(device).eval().requires_grad_(False)
+        self.mean, self.std = LATENT_MEAN.to(device), LATENT_STD.to(device)
+
+    def encode(self, images):
+        """The posteriors of uint8 (B, 3, 8 h, 8 w): mean and deviation, float16 (B, 8, h, w)."""
+        parts = torch.from_numpy(images).to(self.mean.device).split(16)
+        posteriors = [self.net.encode(part / 127.5 - 1).latent_dist for part in parts]
+        return torch.cat([torch.cat((p.mean, p.std), 1) for p in posteriors]).half().cpu().numpy()
+
+    def decode(self, x):
+        """The images of normalised latents x, in [-1, 1]."""
+        parts = (x * self.std + self.mean).split(16)
+        return torch.cat([self.net.decode(part).sample for part in parts])
+
+def generate(net, numbers, classes, seed=0, batch_size=64, vae=None, **guidance):
     """Yields batches of images, uint8 (b, C, H, W): number i is of class classes[i % len(classes)].
 
-    guidance: steps, omega, t_min, t_max of imf.sample.
+    vae: the VAE of one that draws latents. guidance: steps, omega, t_min, t_max of imf.sample.
     """
     device = next(net.parameters()).device
     shape = net.channels, net.image_size, net.image_size
-    for start in range(0, len(indices), batch_size):
-        part = indices[start:start + batch_size]
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start:start + batch_size]
         noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in part]
         y = torch.tensor([classes[i % len(classes)] for i in part], device=device)
         x = imf.sample(net, torch.from_numpy(np.stack(noise)).to(device), y, **guidance)
+        x = vae.decode(x) if vae else x
         yield (x * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
-
 
 def picture(image):
     """A PIL image of uint8 (C, H, W); grey for C = 1."""
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
-
-def write_sheet(path, images, columns):
-    """One PNG of all the images, uint8 (N, C, H, W), row by row; small ones are enlarged."""
-    size = images.shape[2] * max(1, 64 // images.shape[2])
-    rows = -(-len(images) // columns)
+def write_sheet(path, pictures, columns):
+    """One PNG of many PIL images, row by row; small ones are enlarged."""
+    pictures = list(pictures)
+    size = pictures[0].width * max(1, 64 // pictures[0].width)
+    rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (size + 2) - 2, rows * (size + 2) - 2))
-    for i, image in enumerate(images):
-        tile = picture(image).resize((size, size), Image.NEAREST)
-        sheet.paste(tile, (i % columns * (size + 2), i // columns * (size + 2)))
+    for i, tile in enumerate(pictures):
+        place = i % columns * (size + 2), i // columns * (size + 2)
+        sheet.paste(tile.resize((size, size), Image.NEAREST), place)
     with atomic(path) as file:
         sheet.save(file, "PNG")
 
-
-def write_folder(path, batches):
-    """000000.png, 000001.png, ... in the folder `path`, which must be new or empty."""
-    os.makedirs(path, exist_ok=True)
-    if os.listdir(path):
-        raise Fault(f"--out {path}: the folder is not empty, and other images would mix with these")
-    for i, image in enumerate(image for batch in batches for image in batch):
-        with atomic(os.path.join(path, f"{i:06d}.png")) as file:
-            picture(image).save(file, "PNG")
-
-
-def write_npz(path, batches, labels, image_size):
+def write_npz(path, pictures, labels):
     """arr_0 uint8 (N, H, W, 3), written as it comes, and arr_1 the labels: the format of ADM."""
-    header = {"descr": "|u1", "fortran_order": False,
-              "shape": (len(labels), image_size, image_size, 3)}
+    first = next(pictures)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.size[::-1], 3)}
     with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for images in batches:
-                images = images.transpose(0, 2, 3, 1)
-                member.write(np.broadcast_to(images, (*images.shape[:3], 3)).tobytes())
+            for image in tqdm(itertools.chain([first], pictures), "packing", len(labels)):
+                member.write(image.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels)
 
+def write_folder(folder, made_of, num, draw, rank=0, world=1):
+    """000000.png, ... in `folder`, every world-th by this process; draw(numbers) yields batches.
+
+    Those that are there from an earlier start stay. Raises Fault if that was made of other things.
+    """
+    note = folder / ".made-of"
+    if rank == 0:
+        same = note.exists() and note.read_text() == made_of
+        if note.exists() and not same and folder.suffix == ".part":
+            shutil.rmtree(folder)  # left over from another start
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not same:
+            raise Fault(f"{folder} holds something else already: remove it or choose another --out")
+        with atomic(note) as file:
+            file.write(made_of.encode())
+    barrier()
+    todo = [i for i in range(rank, num, world) if not (folder / f"{i:06d}.png").exists()]
+    images = tqdm(itertools.chain.from_iterable(draw(todo)), total=len(todo), unit=" images",
+                  disable=rank > 0)
+    for i, image in zip(todo, images):
+        with atomic(folder / f"{i:06d}.png") as file:
+            picture(image).save(file, "PNG")
+    barrier()
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
-    p.add_argument("--steps", type=number(int, 1), default=1, help="network evaluations per image")
-    p.add_argument("--omega", type=number(float, 1e-6), nargs="+", metavar="W",
-                   help="guidance scale; several make a row of the sheet each")
-    p.add_argument("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
-                   help="the times at which guidance acts, within 0 1")
-    p.add_argument("--classes", type=number(int, 0), nargs="+", metavar="C",
-                   help="taken in turn; default: all")
-    p.add_argument("--num", type=number(int, 1), help="images (for each omega); default 100, or 10")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--batch-size", type=number(int, 1), default=64)
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
-    p.add_argument("--out", metavar="FILE.png|FOLDER|FILE.npz",
-                   help="default: samples.png beside the checkpoint")
+    flag = p.add_argument
+    flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
+    flag("--steps", type=number(int, 1), default=1, help="network evaluations per image")
+    flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="scales, a row each")
+    flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
+         help="the times at which guidance acts, within 0 1")
+    flag("--classes", type=number(int, 0), nargs="+", metavar="C", help="in turn; default: all")
+    flag("--num", type=number(int, 1), help="images (for each omega); default 100, or 10")
+    flag("--seed", type=number(int, 0), default=0)
+    flag("--batch-size", type=number(int, 1), default=64)
+    flag("--vae", help="folder or name of the VAE that decodes latents; or none")
+    flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
+    flag("--out", metavar="FILE.png|FOLDER|FILE.npz", help="default: samples.png by the checkpoint")
     args = p.parse_args()
 
-    net, info = load(args.checkpoint, pick_device(args.device))
+    device, rank, world = join(args.device)
+    net, info = load(args.checkpoint, device, args.steps)
     out = args.out or os.path.join(os.path.dirname(args.checkpoint), "samples.png")
     kind = "" if os.path.isdir(out) or out.endswith("/") else os.path.splitext(out)[1].lower()
     omegas = args.omega or [info["omega"]]
     t_min, t_max = args.interval or (info["t_min"], info["t_max"])
-    classes = args.classes or range(net.num_classes)
+    classes = args.classes or list(range(net.num_classes))
     num = args.num or (100 if len(omegas) == 1 else 10)
+    every = num * len(omegas)
+    name = args.vae or info["vae"]
     if kind not in (".png", ".npz", ""):
         raise Fault(f"--out {out}: end it in .png or .npz, or a folder's name in /")
-    if kind != ".png" and len(omegas) > 1:
-        raise Fault("several --omega make a sheet: let --out end in .png")
-    if kind == ".png" and num * len(omegas) > 10_000:
+    if kind == ".png" and every > 10_000:
         raise Fault("a sheet holds at most 10,000 images: let --out be a folder or end in .npz")
     if t_min > t_max:
         raise Fault(f"--interval {t_min} {t_max}: the lower end comes first")
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
-    if net.channels not in (1, 3):
-        raise Fault(f"{args.checkpoint} draws {net.channels} channels, which are no image")
+    if name == "none" and net.channels not in (1, 3):
+        raise Fault(f"{args.checkpoint} draws {net.channels} channels, which a --vae must decode")
+    vae = None if name == "none" else VAE(name, device)
 
-    def batches(bar):
-        for omega in omegas:
-            for images in generate(net, range(num), classes, args.seed, args.batch_size,
-                                   steps=args.steps, omega=omega, t_min=t_min, t_max=t_max):
-                yield images
-                bar.update(len(images))
+    def draw(numbers):  # of all omegas, in turn
+        for k, omega in enumerate(omegas):
+            yield from generate(net, [i - k * num for i in numbers if i // num == k], classes,
+                                args.seed, args.batch_size, vae, steps=args.steps, omega=omega,
+                                t_min=t_min, t_max=t_max)
 
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with tqdm(total=len(omegas) * num, unit=" images") as bar:
+    file = os.stat(args.checkpoint)
+    made_of = repr((file.st_size, file.st_mtime_ns, name, args.steps, omegas, t_min, t_max, classes,
+                    args.seed, every > num and num))
+    folder = Path(out + ".part" if kind else out)
+    write_folder(folder, made_of, every, draw, rank, world)
+    if rank == 0:
+        pictures = (Image.open(folder / f"{i:06d}.png").convert("RGB") for i in range(every))
         if kind == ".png":
-            write_sheet(out, np.concatenate(list(batches(bar))), 10 if len(omegas) == 1 else num)
-        elif kind == ".npz":
-            labels = np.array([classes[i % len(classes)] for i in range(num)])
-            write_npz(out, batches(bar), labels, net.image_size)
-        else:
-            write_folder(out, batches(bar))
-    print(f"wrote {out}")
-
+            write_sheet(out, pictures, 10 if len(omegas) == 1 else num)
+        if kind == ".npz":
+            labels = [classes[i % num % len(classes)] for i in range(every)]
+            write_npz(out, pictures, np.array(labels))
+        if kind:
+            shutil.rmtree(folder)
+        print(f"wrote {out}")
 
 if __name__ == "__main__":
     run(main)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -469,7 +470,7 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(tmp_path, monkeypatch, ca
     ["--omega", "0"], ["--omega", "-2"], ["--omega", "nan"], ["--omega", "inf"],
     ["--interval", "0.6", "0.4"], ["--interval", "0", "1.5"], ["--steps", "0"], ["--num", "0"],
     ["--num", "x"], ["--batch-size", "0"], ["--device", "abacus"], ["--out", "x.jpeg"],
-    ["--out", "x.npz", "--omega", "1", "2"], ["--out", "last.pt/x.png"], ["--sead", "1"],
+    ["--out", "last.pt/x.png"], ["--sead", "1"],
     ["--num", "1000000", "--out", "x.png"], ["--out", "."]])
 def test_sample_refuses_bad_arguments_in_one_line(argv, tmp_path, monkeypatch, capsys):
     checkpoint(tmp_path / "last.pt", network(channels=1))
@@ -518,13 +519,19 @@ def test_digits_are_a_pure_function_of_number_and_seed():
 
 def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0)
-    batches = [train.batch(train.Data(*train.digits(10), 10, ""), np.arange(10), args, k)
-               for k in range(4)]
+    images, labels = train.digits(10)
+    data = train.Data([images[:3], images[3:]], labels, 10, "")
+    batches = [train.batch(data, args, 0, 1, k) for k in range(4)]
     x = torch.cat([b[0] for b in batches]).flatten(1)
     assert len(x[:10].unique(dim=0)) == len(x[10:].unique(dim=0)) == 10
     assert not torch.equal(x[:10], x[10:])
     assert x.min() >= -1 and x.max() <= 1 and x.max() > 0.9
     assert not torch.equal(batches[0][2].noise, batches[1][2].noise)
+    x, y, draws = batches[1]
+    for rank in (0, 1):  # of two processes
+        part, label, own = train.batch(data, args, rank, 2, 1)
+        assert torch.equal(part, x[rank::2]) and torch.equal(label, y[rank::2])
+        assert all(torch.equal(a, b[rank::2]) for a, b in zip(own, draws))
 
 
 @pytest.fixture
@@ -660,23 +667,37 @@ def flowers(tmp_path):
 
 def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "cache"
-    first = train.folder_data(str(flowers), 16, str(cache))
+
+    def load(size=16):
+        data = train.folder_data(str(flowers), size, str(cache))
+        return data.take(np.arange(len(data.labels))), data
+
+    monkeypatch.setattr(train, "SHARD", 3)
+    first, data = load()
     err = capsys.readouterr().err
-    assert "skipped 1 of 7" in err and "notes.txt" in err
-    assert first.images.shape == (7, 3, 16, 16) and isinstance(first.images, np.memmap)
-    assert first.labels.tolist() == [0, 0, 1, 1, 1, -1, 2] and first.num_classes == 3
-    monkeypatch.setattr(train, "decode", None)  # a second decoding would fail
-    again = train.folder_data(str(flowers), 16, str(cache))
-    assert np.array_equal(again.images, first.images) and again.source == first.source
-    monkeypatch.undo()
+    assert "left out 1 file" in err and "notes.txt" in err
+    assert first.shape == (6, 3, 16, 16) and isinstance(data.shards[0], np.memmap)
+    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2] and data.num_classes == 3
+    files = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(files) == 3 * 2 + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "decode", lambda paths, size: 1 / 0)  # a second time would fail
+        assert np.array_equal(load()[0], first) and load()[1].source == data.source
+    os.truncate(cache / "00000.x.npy", 1000)
+    (cache / "00002.y.npy").unlink()  # interrupted, or damaged: only what is missing is made
+    seen, decode = [], train.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 0)  # no worker processes
+        patch.setattr(train, "decode",
+                      lambda paths, size: seen.extend(paths) or decode(paths, size))
+        load()
+    assert [os.path.basename(path) for path in seen] == ["0.png", "1.png", "0.png", "0.jpg"]
+    assert files == {path: path.read_bytes() for path in cache.iterdir()}
     (flowers / "iris" / "notes.txt").unlink()
-    changed = train.folder_data(str(flowers), 16, str(cache))
-    assert len(changed.images) == 6 and changed.source != first.source
-    expected = np.array(changed.images)
-    os.truncate(next(cache.glob("images-*.npy")), 1000)
-    assert np.array_equal(train.folder_data(str(flowers), 16, str(cache)).images, expected)
-    larger = train.folder_data(str(flowers), 32, str(cache))
-    assert larger.images.shape == (6, 3, 32, 32)
+    changed, other = load()
+    assert np.array_equal(changed, first) and other.source != data.source
+    assert load(32)[0].shape == (6, 3, 32, 32)
 
 
 def test_the_centre_crop_is_that_of_adm():
@@ -692,6 +713,148 @@ def test_sixteen_bits_keep_their_shades_and_what_has_no_white_is_left_out(tmp_pa
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "b.tif")
     a, b = train.decode([tmp_path / "a.png", tmp_path / "b.tif"], 4)
     assert (a == 0x80).all() and b is None
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    """A VAE like that of the paper, 25,000 random parameters large."""
+    import diffusers
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4)
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def test_latents_are_drawn_from_the_posterior_and_normalised_per_channel(
+        vae_folder, flowers, tmp_path):
+    import diffusers
+    vae = sample.VAE(vae_folder)
+    net = diffusers.AutoencoderKL.from_pretrained(vae_folder)
+    data = train.folder_data(str(flowers), 32, str(tmp_path / "cache"), vae)
+    pixels = train.folder_data(str(flowers), 32, str(tmp_path / "pixels"))
+    assert data.shards[0].shape == (6, 8, 4, 4) and data.shards[0].dtype == np.float16
+    assert np.array_equal(data.labels, pixels.labels) and data.source != pixels.source
+    images = torch.from_numpy(pixels.take(np.arange(6))) / 127.5 - 1
+    with torch.no_grad():
+        posterior = net.encode(images).latent_dist
+        both = torch.cat((posterior.mean, posterior.std), 1)
+        torch.testing.assert_close(torch.from_numpy(data.shards[0]), both.half())
+
+    args = types.SimpleNamespace(batch_size=6000, seed=1, t_mean=-0.4, t_std=1.0)
+    x, y, _ = train.batch(data, args, 0, 1, 0)
+    first = x[(y == 2)]  # one image, drawn a thousand times
+    mean, std = torch.from_numpy(data.shards[0][5]).float().chunk(2)
+    z = first * sample.LATENT_STD + sample.LATENT_MEAN
+    assert len(first) == 1000 and (z.mean(0) - mean).abs().max() < 0.15 * std.max()
+    assert (z.std(0) / std - 1).abs().max() < 0.15
+    with torch.no_grad():
+        expected = net.decode(z[:2]).sample
+    torch.testing.assert_close(vae.decode(first[:2]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_from_images_to_latents_to_a_network_to_images(
+        small, vae_folder, flowers, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert call(train, "--data", flowers, "--image-size", 32, "--vae", vae_folder, "--steps", 2,
+                "--batch-size", 4, "--out", out, monkeypatch=monkeypatch)[0] == 0
+    net, info = sample.load(out / "last.pt")
+    assert (net.image_size, net.channels, net.num_classes) == (4, 4, 3)
+    assert info["vae"] == vae_folder and Image.open(out / "step-000002.png").width == 10 * 66 - 2
+    for name in ("a.npz", "b/"):
+        argv = [out / "last.pt", "--num", 5, "--out", f"{tmp_path}/{name}"]
+        assert call(sample, *argv, monkeypatch=monkeypatch)[0] == 0
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    assert images.shape == (5, 32, 32, 3) and images.std() > 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b" / "000003.png")), images[3])
+    for name in ("none", str(flowers), str(tmp_path / "nowhere")):
+        status, err = call(sample, out / "last.pt", "--vae", name, "--out", tmp_path / "c.png",
+                           monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2 and err.splitlines()[-1].startswith("sample.py: ") and "--vae" in err
+
+
+def test_a_vae_of_another_shape_is_refused(tmp_path):
+    import diffusers
+    diffusers.AutoencoderKL(latent_channels=16, norm_num_groups=4, block_out_channels=(8,)
+                            ).save_pretrained(tmp_path)
+    with pytest.raises(sample.Fault, match="16 channels of 1/1 .*4 of 1/8"):
+        sample.VAE(str(tmp_path))
+
+
+@pytest.mark.parametrize("depth, steps, expected", [
+    (12, 1, (8, 0.4, 0.65)), (24, 1, (10.5, 0.4, 0.6)), (48, 1, (8, 0.42, 0.62)),
+    (48, 2, (4, 0.36, 0.64)), (5, 1, (2, 0, 1))])
+def test_released_weights_are_known_by_their_names_and_guided_as_advised(
+        depth, steps, expected, tmp_path):
+    net = network(image_size=32, channels=4, depth=depth)
+    torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
+    same, info = sample.load(tmp_path / "iMF.pth", steps=steps)
+    assert info["vae"] == sample.VAE_NAME and same.image_size == 32
+    assert (info["omega"], info["t_min"], info["t_max"]) == expected
+
+
+def test_training_begins_with_released_weights_whose_v_head_is_a_copy_of_the_u_head(
+        small, vae_folder, flowers, tmp_path, monkeypatch, capsys):
+    net = network(image_size=32, channels=4, num_classes=3)
+    torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
+    fresh = model.DiT(32, 4, 3, **SMALL)
+    train.initialise(fresh, tmp_path / "iMF.pth")
+    x, y, d = data(net)
+    conditions = torch.zeros(len(x)), d.omega, d.t_min, d.t_max, y
+    u, v = fresh(x, *conditions)
+    assert torch.equal(u, net.u(x, *conditions)) and torch.equal(u, v)
+    status, err = call(train, "--init", tmp_path / "iMF.pth", "--steps", 1, "--out",
+                       tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)  # digits are other
+    assert status == 2 and "--init" in err and err.count("\n") == 1
+
+
+def test_checkpointing_changes_no_gradient():
+    net = network()
+    found = []
+    for net.checkpoint in (False, True):
+        x, y, draws = data(net)
+        found.append(gradients(net, imf.imf_loss(net, x, y, draws)[0]))
+    assert torch.equal(*found)
+
+
+def torchrun(n, script, *argv):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    f"--nproc-per-node={n}", "--", os.path.join(HERE, script), *map(str, argv)],
+                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+
+def test_two_processes_train_the_same_model_and_draw_the_same_images(
+        flowers, tmp_path, monkeypatch):
+    argv = ["--data", flowers, "--image-size", 16, "--steps", 5, "--batch-size", 8]
+    torchrun(2, "train.py", *argv, "--out", tmp_path / "two", "--cache", tmp_path / "cache2")
+    call(train, *argv, "--out", tmp_path / "one", "--cache", tmp_path / "cache1",
+         monkeypatch=monkeypatch)
+    one, two = (torch.cat([p.flatten() for p in trained(tmp_path / name)["net"].values()])
+                for name in ("one", "two"))
+    assert (one - two).norm() < 1e-5 * one.norm()
+    caches = [{p.name: p.read_bytes() for p in (tmp_path / f"cache{n}").iterdir()} for n in (1, 2)]
+    assert caches[0] == caches[1] and len(caches[0]) == 3
+
+    path = tmp_path / "one" / "last.pt"
+    torchrun(2, "sample.py", path, "--num", 9, "--out", tmp_path / "two.npz", "--batch-size", 2)
+    call(sample, path, "--num", 9, "--out", tmp_path / "one.npz", monkeypatch=monkeypatch)
+    assert np.array_equal(*(np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("one", "two")))
+
+
+def test_an_interrupted_folder_is_completed_and_another_one_refused(tmp_path, monkeypatch, capsys):
+    argv = [checkpoint(tmp_path / "last.pt", network(channels=1)), "--out", tmp_path / "folder/",
+            "--num", 6]
+    call(sample, *argv, monkeypatch=monkeypatch)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    (tmp_path / "folder" / "000001.png").unlink()
+    before = (tmp_path / "folder" / "000002.png").stat()
+    call(sample, *argv, monkeypatch=monkeypatch)
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    assert (tmp_path / "folder" / "000002.png").stat() == before
+    status, err = call(sample, *argv, "--seed", 1, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and "folder" in err.splitlines()[-1]
 
 
 def test_training_on_a_folder(small, flowers, tmp_path, monkeypatch):
@@ -727,7 +890,9 @@ def test_train_refuses_bad_input_in_one_line_and_changes_nothing(
     before = sorted(os.walk("."))
     status, err = call(train, "--steps", 1, *argv, monkeypatch=monkeypatch, capsys=capsys)
     last = err.strip().splitlines()[-1]
-    assert status == 2 and last.startswith("train.py: ") and named in last, err
+    assert status == 2 and last.startswith("train.py: ") and named in err, err
+    for name in ("texts-32px", "half-32px"):  # what was decoded stays
+        shutil.rmtree(name, ignore_errors=True)
     assert "Traceback" not in err and sorted(os.walk(".")) == before
 
 
@@ -794,7 +959,7 @@ def benchmark(name="B/2", batch=4, runs=3):
 def judge(path="out/last.pt", n=500):
     """Prints how many of n digits drawn in one step look most like a real one of their class."""
     net, info = sample.load(path)
-    guidance = {key: info[key] for key in sample.GUIDANCE}
+    guidance = {key: info[key] for key in ("omega", "t_min", "t_max")}
     drawn = np.concatenate(list(sample.generate(net, range(n), range(10), seed=1, **guidance)))
     asked, (real, labels) = np.arange(n) % 10, train.digits(20_000, seed=99)
 

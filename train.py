@@ -2,11 +2,12 @@
 
     python train.py                                   digits on a laptop, a few minutes
     python train.py --data flowers --image-size 64    your own images: flowers/rose/*.jpg, ...
-    python train.py --model B/2 --batch-size 64       a network of the paper, on the digits
+    torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train     on latents
     python train.py --tangent conditional             the original MeanFlow, for comparison
 
 OUT (--out, default `out`) receives last.pt, log.jsonl and a sheet of samples now and then. The
-same command goes on where it stopped, and ends in the same weights as if it never had.
+same command goes on where it stopped, and ends in the same weights as if it never had. Any
+number of processes, and any --accum, trains the same model.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -53,16 +55,21 @@ RECIPES = {
 }
 
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = ("model", "batch_size", "lr", "warmup", "cooldown", "ema", "t_mean", "t_std",
+SETTINGS = ("model", "vae", "batch_size", "lr", "warmup", "cooldown", "ema", "t_mean", "t_std",
             "norm_eps", "tangent", "precision", "seed")
 
-
 class Data(NamedTuple):
-    images: np.ndarray  # uint8 (N, C, H, W), perhaps memory-mapped
-    labels: np.ndarray  # (N,), -1 for a file that was no image
+    """The images that one trains on: a list of arrays, which may be mapped from files."""
+    shards: list  # uint8 (n, C, H, W), or a VAE's posterior: float16 (n, 8, h, w), mean and std
+    labels: np.ndarray  # (N,) of all shards
     num_classes: int
     source: str  # tells one data set from another
 
+    def take(self, numbers):
+        """The images of these numbers, an array (n, C, H, W)."""
+        ends = np.cumsum([len(shard) for shard in self.shards])
+        places = zip(np.searchsorted(ends, numbers, "right"), numbers)
+        return np.stack([self.shards[k][i - ends[k]] for k, i in places])
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,).
@@ -82,7 +89,6 @@ def digits(n, seed=0):
         image[0] = canvas.reduce(4)
     return images, labels
 
-
 def centre_crop(image, size):
     """The centre of a PIL image, size x size, as in ADM: halved, then bicubic, then cropped."""
     while min(image.size) >= 2 * size:
@@ -92,7 +98,6 @@ def centre_crop(image, size):
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.BICUBIC)
     return image.crop((left, top, left + size, top + size))
-
 
 def decode(paths, size):
     """Image files as uint8 (3, size, size) each; None for what cannot be read as a picture."""
@@ -109,7 +114,6 @@ def decode(paths, size):
             images[i] = np.array(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
     return images
 
-
 def scan(folder):
     """(paths, labels, number of classes) of a folder with one sub-folder per class."""
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
@@ -125,82 +129,113 @@ def scan(folder):
         labels += [label] * len(found)
     return paths, np.array(labels), len(classes)
 
+SHARD = 256  # images to a file of the cache
 
-def folder_data(folder, size, cache):
-    """The images of a folder as Data, decoded once into `cache` and memory-mapped from there."""
+def open_shard(stem, shape, labels):
+    """(images, labels) of a shard, memory-mapped; None unless it is there and undamaged."""
+    try:
+        x, y = (np.load(f"{stem}.{what}.npy", mmap_mode="r", allow_pickle=False) for what in "xy")
+        return (x, y) if x.shape == (len(y), *shape) and set(y) <= set(labels) else None
+    except Exception:  # a damaged file may raise anything
+        return None
+
+def folder_data(folder, size, cache, vae=None, rank=0, world=1):
+    """The images of a folder, or with a VAE their posteriors, as Data. Raises Fault.
+
+    They are mapped from `cache`, which all processes make, each every world-th shard. Interrupted,
+    the next start completes it; it is made anew when the files, the size or the VAE have changed.
+    """
     paths, labels, num_classes = scan(folder)
-    facts = [(path[len(folder):], os.stat(path)) for path in paths]
-    facts = repr((size, [(name, s.st_size, s.st_mtime_ns) for name, s in facts]))
-    source = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    cache, shape = Path(cache), (len(paths), 3, size, size)
-    images_file, labels_file = (cache / f"{name}-{source}.npy" for name in ("images", "labels"))
-    with contextlib.suppress(Exception):  # there is none yet, or a damaged one
-        images = np.load(images_file, mmap_mode="r", allow_pickle=False)
-        known = np.load(labels_file, allow_pickle=False)
-        if (images.shape, known.shape) == (shape, shape[:1]) and known.max() < num_classes:
-            return Data(images, known, num_classes, source)
+    source = hashlib.sha256(repr((size, vae and vae.name)).encode())
+    for path in paths:
+        facts = os.stat(path)
+        source.update(repr((path[len(folder):], facts.st_size, facts.st_mtime_ns)).encode())
+    source, note, cache = source.hexdigest(), Path(cache, "source"), Path(cache)
+    if rank == 0:
+        cache.mkdir(exist_ok=True)
+        if not note.exists() or note.read_text() != source:
+            for old in cache.glob("[0-9]*.[xy].npy"):
+                old.unlink()
+            with sample.atomic(note) as file:
+                file.write(source.encode())
+    sample.barrier()
 
-    needed, free = math.prod(shape), shutil.disk_usage(cache.absolute().parent).free
+    shape = (8, size // 8, size // 8) if vae else (3, size, size)
+    starts = range(0, len(paths), SHARD)
+    parts = [(cache / f"{i // SHARD:05d}", shape, labels[i:i + SHARD]) for i in starts]
+    todo = [k for k in range(rank, len(parts), world) if not open_shard(*parts[k])]
+    files = [path for k in todo for path in paths[starts[k]:starts[k] + SHARD]]
+    needed = len(files) * world * (size**2 // 4 if vae else size**2 * 3)
+    free = shutil.disk_usage(cache).free
     if needed > free:
         raise Fault(f"the cache {cache} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
                     "there; --cache puts it elsewhere")
-    loader = DataLoader(paths, 16, collate_fn=functools.partial(decode, size=size),
-                        num_workers=os.cpu_count())
-    try:
-        cache.mkdir(exist_ok=True)
-        for old in itertools.chain(cache.glob("images-*.npy*"), cache.glob("labels-*.npy*")):
-            old.unlink()
-        with sample.atomic(images_file) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            images = itertools.chain.from_iterable(loader)
-            for i, image in enumerate(tqdm(images, "decoding", len(paths), unit=" images")):
-                labels[i] = -1 if image is None else labels[i]
-                file.write((np.zeros(shape[1:], np.uint8) if image is None else image).tobytes())
-            bad = [paths[i] for i in np.flatnonzero(labels < 0)]
-            names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
-            if len(np.unique(labels[labels >= 0])) < num_classes:
-                raise Fault(f"--data {folder}: a class is left without images; unreadable: {names}")
-        with sample.atomic(labels_file) as file:
-            np.save(file, labels)
-    finally:
-        with contextlib.suppress(OSError):
-            cache.rmdir()  # if nothing came of it
+    loader = DataLoader(files, 16, collate_fn=functools.partial(decode, size=size),
+                        num_workers=os.cpu_count() // world)
+    images = tqdm(itertools.chain.from_iterable(loader), "decoding", len(files), unit=" images",
+                  disable=rank > 0 or not files)
+    bad = []
+    for k in todo:
+        stem, _, y = parts[k]
+        x = list(itertools.islice(images, len(y)))
+        good = [i for i, image in enumerate(x) if image is not None]
+        bad += [paths[starts[k] + i] for i in range(len(y)) if x[i] is None]
+        x = np.array([x[i] for i in good], np.uint8).reshape(-1, 3, size, size)
+        for what, values in (("x", vae.encode(x) if vae else x), ("y", y[good])):
+            with sample.atomic(f"{stem}.{what}.npy") as file:
+                np.save(file, values)
+        if len(bad) > max(10, len(paths) // 100):
+            raise Fault(f"--data {folder}: too many files are no images: {', '.join(bad[:5])}, ...")
     if bad:
-        print(f"skipped {len(bad)} of {len(paths)} files, no images: {names}", file=sys.stderr)
-    return Data(np.load(images_file, mmap_mode="r"), labels, num_classes, source)
-
+        print(f"left out {len(bad)} files that are no images: {', '.join(bad[:5])}"
+              + ", ..." * (len(bad) > 5), file=sys.stderr)
+    sample.barrier()
+    shards, found = zip(*(open_shard(*part) for part in parts))
+    found = np.concatenate(found)
+    if len(np.unique(found)) < num_classes:
+        raise Fault(f"--data {folder}: a class is left without images")
+    return Data(list(shards), found, num_classes, source)
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
+def batch(data, args, rank, world, step):
+    """Every world-th sample of batch number `step`: x, y and their draws, from (seed, step) alone.
 
-def batch(data, index, args, step):
-    """Batch number `step`: x in [-1, 1], y and the draws, which follow from (seed, step)."""
-    place = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
-    i = [index[order(len(index), args.seed, int(epoch))[k]]
-         for epoch, k in zip(*np.divmod(place, len(index)))]
-    x = torch.from_numpy(data.images[i]).float() / 127.5 - 1
+    x are pixels in [-1, 1], or a fresh draw of each latent, normalised.
+    """
+    n, mine = len(data.labels), slice(rank, None, world)
+    place = np.arange(step * args.batch_size, (step + 1) * args.batch_size)[mine]
+    i = np.array([order(n, args.seed, int(epoch))[k] for epoch, k in zip(*np.divmod(place, n))])
+    x = torch.from_numpy(data.take(i)).float()
     stream = np.random.SeedSequence((args.seed, step)).generate_state(1)
     generator = torch.Generator().manual_seed(int(stream[0]))
-    draws = imf.draw(x, generator, t_mean=args.t_mean, t_std=args.t_std)
-    return x, torch.from_numpy(data.labels[i]), draws
-
+    if data.shards[0].dtype == np.uint8:
+        x = x / 127.5 - 1
+    else:
+        mean, std = x.chunk(2, 1)
+        noise = torch.randn((args.batch_size, *mean.shape[1:]), generator=generator)
+        x = (mean + std * noise[mine] - sample.LATENT_MEAN) / sample.LATENT_STD
+    draws = imf.draw(x.new_empty(args.batch_size, *x.shape[1:]), generator,
+                     t_mean=args.t_mean, t_std=args.t_std)
+    return x, torch.from_numpy(data.labels[i]), imf.Draws(*(d[mine] for d in draws))
 
 def arguments():
     p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
-    flag("--image-size", type=COUNT, default=32, metavar="N", help="for --data; default: 32")
-    flag("--vae", choices=["none"], default="none", help="none: train on pixels")
+    flag("--image-size", type=COUNT, metavar="N", help="for --data; default: 32, of latents 256")
+    flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
+    flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
         flag("--" + name.replace("_", "-"), type=kind, metavar="N",
              help=f"{text} (tiny: {tiny}, else: {paper})")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, in turn")
+    flag("--checkpoint", action="store_true", help="compute activations twice, to save memory")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
@@ -209,23 +244,34 @@ def arguments():
     flag("--save-every", type=COUNT, default=500, metavar="N", help="checkpoint; default: 500")
     flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
     args = p.parse_args()
-    patch_size = model.MODELS[args.model]["patch_size"]
-    if args.data and args.image_size % patch_size:
-        raise Fault(f"--image-size {args.image_size} is no multiple of the patch size {patch_size}")
+    args.vae = args.vae or (sample.VAE_NAME if args.data and args.model != "tiny" else "none")
+    if args.vae != "none" and not args.data:
+        raise Fault(f"--vae {args.vae}: the digits are no latents; it needs --data")
+    args.image_size = args.image_size or (32 if args.vae == "none" else 256)
+    patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
+    if args.data and args.image_size % patch:
+        raise Fault(f"--image-size {args.image_size} is no multiple of {patch}, the patch's size")
     return args
 
-
 def settle(args, n):
-    """Fills in what the command line left open, for a data set of n images."""
+    """Fills in what the command line left open, for n images."""
     for name, recipe in RECIPES.items():
         value = recipe[args.model != "tiny"]
         if isinstance(value, str):  # so many epochs
             value = math.ceil(int(value.split()[0]) * n / args.batch_size)
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.batch_size % args.accum:
-        raise Fault(f"--accum {args.accum} does not divide --batch-size {args.batch_size}")
 
+def initialise(net, path):
+    """Begins with the weights of a checkpoint, our own or the authors'. Raises Fault.
+
+    Released weights have no v-head: where r = t it should equal u, so it is a copy of the u-head.
+    """
+    start, _ = sample.load(path)
+    if start.v_heads is None:
+        start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
+    with sample.blame(f"--init {path} does not fit"):
+        net.load_state_dict(start.state_dict())
 
 def resume(path, settings, net, ema, optimizer):
     """Loads a checkpoint into the three and returns its (step, skipped, streak, logged).
@@ -236,61 +282,66 @@ def resume(path, settings, net, ema, optimizer):
     with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
             if saved["settings"][key] != value:
-                what = "other data" if key in ("image_size", "source") else (
+                what = "other data" if key == "source" else (
                     f"--{key.replace('_', '-')} {saved['settings'][key]}, not {value}")
                 raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
         for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(saved.pop(name))
-        counts = [saved[name] for name in ("step", "skipped", "streak", "logged")]
-        if any(type(n) is not int or n < 0 for n in counts):
-            raise ValueError(f"its counts are {counts}")
-        return counts
-
+        return [int(saved[name]) for name in ("step", "skipped", "streak", "logged")]
 
 def peak_memory(device):
     """In GB: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
+    bytes_or_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return bytes_or_kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 def main():
     args = arguments()
-    device = sample.pick_device(args.device)
+    device, rank, world = sample.join(args.device)
     if device.type == "cuda":  # the same run twice is the same, bit for bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_float32_matmul_precision("high")
+    args.batch_size = args.batch_size or RECIPES["batch_size"][args.model != "tiny"]
+    if args.batch_size % (args.accum * world):
+        raise Fault(f"--batch-size {args.batch_size} is no multiple of --accum {args.accum} times "
+                    f"{world}, the number of processes")
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
-    if args.data is None:
-        data = Data(*digits(20_000), 10, "digits")
+    vae = None if args.vae == "none" else sample.VAE(args.vae, device)
+    if args.data:
+        cache = f"{os.path.normpath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
+        data = folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world)
     else:
-        cache = args.cache or f"{os.path.normpath(args.data)}-{args.image_size}px"
-        data = folder_data(args.data, args.image_size, cache)
-    index = np.flatnonzero(data.labels >= 0)
-    settle(args, len(index))
+        images, labels = digits(20_000)
+        data = Data([images], labels, 10, "digits")
+    settle(args, len(data.labels))
 
     torch.manual_seed(args.seed)
-    channels, image_size = data.images.shape[1:3]
-    net = model.DiT(image_size, channels, data.num_classes, **model.MODELS[args.model]).to(device)
+    _, channels, image_size, _ = data.shards[0].shape
+    net = model.DiT(image_size, channels // 2 if vae else channels, data.num_classes,
+                    **model.MODELS[args.model])
+    if args.init:
+        initialise(net, args.init)
+    net.checkpoint = args.checkpoint
+    net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     optimizer = torch.optim.AdamW(
         net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    settings |= {"image_size": image_size, "source": data.source}
-    settings |= {"steps": args.steps} if args.cooldown else {}
+    out, journal = Path(args.out), Path(args.out, "log.jsonl")
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"source": data.source}
+    settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
         step, skipped, streak, logged = resume(out / "last.pt", settings, net, ema, optimizer)
-    (out / "log.jsonl").touch()
-    records = (out / "log.jsonl").read_bytes().splitlines(True)
-    with sample.atomic(out / "log.jsonl") as file:
-        file.writelines(records[:logged])  # what came after the checkpoint runs again
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        records = journal.read_bytes().splitlines(True) if journal.exists() else []
+        with sample.atomic(journal) as file:
+            file.writelines(records[:logged])  # what came after the checkpoint runs again
+    ddp = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
     def save():
         with sample.atomic(out / "last.pt") as file:
@@ -301,39 +352,40 @@ def main():
     def draw_sheet():  # from the same noise each time: in one step above, in two below
         classes = np.linspace(0, data.num_classes - 1, min(10, data.num_classes)).astype(int)
         images = [image for steps in (1, 2) for image in sample.generate(
-            ema, range(20), classes.tolist(), args.seed, steps=steps, **sample.GUIDANCE)]
-        sample.write_sheet(out / f"step-{step:06d}.png", np.concatenate(images), 10)
+            ema, range(20), classes.tolist(), args.seed, vae=vae, steps=steps, omega=2.0)]
+        images = map(sample.picture, np.concatenate(images))
+        sample.write_sheet(out / f"step-{step:06d}.png", images, 10)
 
-    stop = []
+    signals = []
     for name in (signal.SIGINT, signal.SIGTERM):  # end the run after this step
-        signal.signal(name, lambda number, _: stop.append(number))
+        signal.signal(name, lambda number, _: signals.append(number))
 
     worker = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
-    prepare = functools.partial(worker.submit, batch, data, index, args)
-    ahead = prepare(step)
-    sums, since = np.zeros(3), (step, time.time())
-    with tqdm(initial=step, total=args.steps, unit=" steps", dynamic_ncols=True) as bar:
+    prepare = functools.partial(worker.submit, batch, data, args, rank, world)
+    ahead, stop = prepare(step), False
+    sums, since = torch.zeros(3, device=device), (step, time.time())
+    with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             (x, y, draws), ahead = ahead.result(), prepare(step + 1)
             losses = 0
             for k in range(args.accum):
                 part = slice(k, None, args.accum)
+                ddp.require_backward_grad_sync = k == args.accum - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    loss, log = imf.imf_loss(net, x[part].to(device), y[part].to(device),
+                    loss, log = imf.imf_loss(ddp, x[part].to(device), y[part].to(device),
                                              imf.Draws(*(d[part] for d in draws)), args.tangent,
                                              args.norm_eps)
                 (loss / args.accum).backward()
                 losses += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
 
             norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
-            lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-            if args.cooldown:
-                lr *= min(1, (1 - step / args.steps) / args.cooldown)
+            lr = args.lr * min(1, (step + 1) / max(1, args.warmup),
+                               (1 - step / args.steps) / max(1e-9, args.cooldown))
             optimizer.param_groups[0]["lr"] = lr
             if math.isfinite(norm):
                 optimizer.step()
                 average(list(ema.parameters()), list(net.parameters()), None)
-                sums += [*losses.tolist(), 1]
+                sums += torch.cat((losses, sums.new_ones(1)))
                 streak = 0
             else:
                 skipped, streak = skipped + 1, streak + 1
@@ -344,26 +396,29 @@ def main():
             step += 1
             bar.update()
 
-            if step % args.log_every == 0 or step == args.steps:
-                loss_u, loss_v = (sums[:2] / sums[2]).tolist() if sums[2] else (None, None)
+            stop = sample.total(torch.tensor(len(signals), device=device)).item() > 0
+            end = step == args.steps
+            if step % args.log_every == 0 or end:
+                loss_u, loss_v, n = sample.total(sums).tolist()
                 rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
-                bar.set_postfix(loss_u=loss_u, loss_v=loss_v, images_per_s=round(rate, 1))
-                record = {"step": step, "loss_u": loss_u, "loss_v": loss_v,
+                record = {"step": step, "loss_u": loss_u / n if n else None,
+                          "loss_v": loss_v / n if n else None,
                           "grad_norm": norm if math.isfinite(norm) else None,
                           "lr": lr, "images_per_s": rate, "skipped": skipped,
                           "peak_memory_gb": peak_memory(device)}
-                with open(out / "log.jsonl", "a") as file:
-                    print(json.dumps(record), file=file)
+                bar.set_postfix({key: record[key] for key in ("loss_u", "loss_v", "images_per_s")})
+                sums, since = torch.zeros_like(sums), (step, time.time())
                 logged += 1
-                sums, since = np.zeros(3), (step, time.time())
-            if step % args.sample_every == 0 or step == args.steps:
+                if rank == 0:
+                    with open(journal, "a") as file:
+                        print(json.dumps(record), file=file)
+            if rank == 0 and (step % args.sample_every == 0 or end):
                 draw_sheet()
-            if step % args.save_every == 0 or step == args.steps or stop:
+            if rank == 0 and (step % args.save_every == 0 or end or stop):
                 save()
     worker.shutdown(cancel_futures=True)
     if stop:
-        sys.exit(128 + stop[0])
-
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 if __name__ == "__main__":
     sample.run(main)
