@@ -7,12 +7,13 @@
     torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
 Image i is made from noise that depends on (seed, i) alone: neither the batch size, nor the
-number of images or processes, nor their order changes it. What was interrupted is completed.
+number of images or processes, nor their order changes it (the rounding of latents excepted).
 """
 
 import argparse
 import contextlib
 import datetime
+import hashlib
 import itertools
 import os
 import shutil
@@ -53,7 +54,7 @@ def blame(what):
     except Fault:
         raise
     except Exception as error:
-        raise Fault(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+        raise Fault(f"{what}: {' '.join(str(error).split())[:200] or repr(error)}") from None
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -67,7 +68,7 @@ def run(main):
         sys.exit(130)
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            error = "out of memory: a smaller --batch-size needs less, and so does a larger --accum"
+            error = "out of memory: a smaller --batch-size needs less, or in training more --accum"
         if int(os.environ.get("RANK", 0)):  # if rank 0 says the same, torchrun ends us meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
@@ -80,6 +81,7 @@ def number(kind, low, high=10**12):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
+    number.__name__ = kind.__name__  # in argparse's messages
     return number
 
 def join(name=None):
@@ -94,8 +96,7 @@ def join(name=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():  # some wait long while others encode
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
     return device, rank, world
 
 def total(tensor):
@@ -103,10 +104,6 @@ def total(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 @contextlib.contextmanager
 def atomic(path):
@@ -130,10 +127,10 @@ def load_file(path, mmap=False):
     """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError  # torch.load does not compare the check sums
+            raise ValueError  # of the check sums, which torch.load does not compare
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        reason = getattr(error, "strerror", None) or f"damaged or no checkpoint, {error!r:.40}"
+        reason = getattr(error, "strerror", None) or "it is damaged or no checkpoint"
         raise Fault(f"cannot read {path}: {reason}") from None
 
 def load(path, device="cpu", steps=1):
@@ -143,7 +140,7 @@ def load(path, device="cpu", steps=1):
     the guidance that suits it in so many steps. Raises Fault if the file is no such thing.
     """
     saved = load_file(path, mmap=True)
-    with blame(f"cannot use {path}"):
+    with blame(f"cannot use {path} as weights of iMF"):
         if "ema" in saved:
             info = {"vae": "none", **saved["settings"], "step": saved["step"]}
             if type(info["image_size"]) is not int or not 1 <= info["image_size"] <= 1024:
@@ -159,20 +156,22 @@ def load(path, device="cpu", steps=1):
         return net.to(device).eval(), {**guidance, **info}
 
 class VAE:
-    """Images (B, 3, 8 h, 8 w) to latents (B, 4, h, w) and back, with diffusers' AutoencoderKL.
+    """Images (B, 3, 8 h, 8 w) to latents (B, 4, h, w) and back: an AutoencoderKL. Raises Fault.
 
-    name: a folder, or a model on the Hugging Face hub, with safetensors. Raises Fault.
+    name: a folder or a model on the Hugging Face hub, with safetensors; digest: of its weights.
     """
 
     def __init__(self, name, device="cpu"):
         import diffusers  # takes seconds, and who draws pixels does not need it
         with blame(f"--vae {name}"):
-            net = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True)
-        factor = 2 ** (len(net.config.block_out_channels) - 1)
-        if (net.config.latent_channels, factor) != (4, 8):
-            raise Fault(f"--vae {name} has {net.config.latent_channels} channels of 1/{factor} of "
-                        "the image's size; 4 of 1/8 are needed")
-        self.name, self.net = name, net.to(device).eval().requires_grad_(False)
+            net = diffusers.AutoencoderKL.from_pretrained(
+                name, use_safetensors=True, low_cpu_mem_usage=False)
+        weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
+        self.digest = hashlib.sha256(weights).hexdigest()
+        channels, factor = net.config.latent_channels, 2 ** (len(net.config.block_out_channels) - 1)
+        if (channels, factor) != (4, 8):
+            raise Fault(f"--vae {name} has {channels} channels of 1/{factor} size, not 4 of 1/8")
+        self.net = net.to(device).eval().requires_grad_(False)
         self.mean, self.std = LATENT_MEAN.to(device), LATENT_STD.to(device)
 
     def encode(self, images):
@@ -244,27 +243,27 @@ def write_folder(folder, made_of, num, draw, rank=0, world=1):
             raise Fault(f"{folder} holds something else already: remove it or choose another --out")
         with atomic(note) as file:
             file.write(made_of.encode())
-    barrier()
+    total(torch.zeros(1))
     todo = [i for i in range(rank, num, world) if not (folder / f"{i:06d}.png").exists()]
     images = tqdm(itertools.chain.from_iterable(draw(todo)), total=len(todo), unit=" images",
                   disable=rank > 0)
     for i, image in zip(todo, images):
         with atomic(folder / f"{i:06d}.png") as file:
             picture(image).save(file, "PNG")
-    barrier()
+    total(torch.zeros(1))
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
-    flag("--steps", type=number(int, 1), default=1, help="network evaluations per image")
+    flag("--steps", type=number(int, 1, 1000), default=1, help="network evaluations per image")
     flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="scales, a row each")
     flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
          help="the times at which guidance acts, within 0 1")
     flag("--classes", type=number(int, 0), nargs="+", metavar="C", help="in turn; default: all")
     flag("--num", type=number(int, 1), help="images (for each omega); default 100, or 10")
-    flag("--seed", type=number(int, 0), default=0)
-    flag("--batch-size", type=number(int, 1), default=64)
+    flag("--seed", type=number(int, 0), default=0, help="of the noise; default: 0")
+    flag("--batch-size", type=number(int, 1), default=64, help="images at a time; default: 64")
     flag("--vae", help="folder or name of the VAE that decodes latents; or none")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--out", metavar="FILE.png|FOLDER|FILE.npz", help="default: samples.png by the checkpoint")
@@ -288,8 +287,8 @@ def main():
         raise Fault(f"--interval {t_min} {t_max}: the lower end comes first")
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
-    if name == "none" and net.channels not in (1, 3):
-        raise Fault(f"{args.checkpoint} draws {net.channels} channels, which a --vae must decode")
+    if (name == "none") == (net.channels == 4):
+        raise Fault(f"{args.checkpoint} draws {net.channels} channels; --vae is for 4, and a must")
     vae = None if name == "none" else VAE(name, device)
 
     def draw(numbers):  # of all omegas, in turn

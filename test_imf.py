@@ -666,38 +666,44 @@ def flowers(tmp_path):
 
 
 def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, monkeypatch, capsys):
+    for i in range(20):
+        shutil.copy(flowers / "aster" / "0.png", flowers / "aster" / f"copy-{i:02d}.png")
     cache = tmp_path / "cache"
 
     def load(size=16):
         data = train.folder_data(str(flowers), size, str(cache))
         return data.take(np.arange(len(data.labels))), data
 
-    monkeypatch.setattr(train, "SHARD", 3)
+    monkeypatch.setattr(train, "SHARD", 16)
     first, data = load()
     err = capsys.readouterr().err
-    assert "left out 1 file" in err and "notes.txt" in err
-    assert first.shape == (6, 3, 16, 16) and isinstance(data.shards[0], np.memmap)
-    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2] and data.num_classes == 3
+    assert "left out 1, no images" in err and "notes.txt" in err
+    assert first.shape == (26, 3, 16, 16) and isinstance(data.shards[0], np.memmap)
+    assert data.labels.tolist() == [0] * 22 + [1, 1, 1, 2] and data.num_classes == 3
     files = {path: path.read_bytes() for path in cache.iterdir()}
-    assert len(files) == 3 * 2 + 1
+    assert len(files) == 2 * 2 + 1
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "decode", lambda paths, size: 1 / 0)  # a second time would fail
-        assert np.array_equal(load()[0], first) and load()[1].source == data.source
-    os.truncate(cache / "00000.x.npy", 1000)
-    (cache / "00002.y.npy").unlink()  # interrupted, or damaged: only what is missing is made
     seen, decode = [], train.decode
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 0)  # no worker processes
-        patch.setattr(train, "decode",
-                      lambda paths, size: seen.extend(paths) or decode(paths, size))
-        load()
-    assert [os.path.basename(path) for path in seen] == ["0.png", "1.png", "0.png", "0.jpg"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 0)  # no worker processes
+    monkeypatch.setattr(train, "decode",
+                        lambda paths, size: seen.extend(paths) or decode(paths, size))
+    assert np.array_equal(load()[0], first) and load()[1].source == data.source and not seen
+    os.truncate(cache / "00000.x.npy", 1000)  # damaged, or never finished
+    load()
+    assert len(seen) == 16 and all("aster" in path for path in seen)
     assert files == {path: path.read_bytes() for path in cache.iterdir()}
     (flowers / "iris" / "notes.txt").unlink()
     changed, other = load()
     assert np.array_equal(changed, first) and other.source != data.source
-    assert load(32)[0].shape == (6, 3, 32, 32)
+    assert load(32)[0].shape == (26, 3, 32, 32)
+
+
+def test_too_many_files_that_are_no_images_end_every_start(flowers, tmp_path):
+    for i in range(11):
+        (flowers / "iris" / f"{i}.txt").write_text("no image either")
+    for _ in range(2):
+        with pytest.raises(sample.Fault, match="12 of 18 files are no images"):
+            train.folder_data(str(flowers), 16, str(tmp_path / "cache"))
 
 
 def test_the_centre_crop_is_that_of_adm():
@@ -773,6 +779,8 @@ def test_from_images_to_latents_to_a_network_to_images(
         status, err = call(sample, out / "last.pt", "--vae", name, "--out", tmp_path / "c.png",
                            monkeypatch=monkeypatch, capsys=capsys)
         assert status == 2 and err.splitlines()[-1].startswith("sample.py: ") and "--vae" in err
+    pixels = checkpoint(tmp_path / "pixels.pt", network(channels=1))
+    assert call(sample, pixels, "--vae", vae_folder, monkeypatch=monkeypatch)[0] == 2
 
 
 def test_a_vae_of_another_shape_is_refused(tmp_path):
@@ -990,10 +998,12 @@ def judge(path="out/last.pt", n=500):
 
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:] or ["bench"]
+    command, *rest = sys.argv[1:] or [""]
     if command in ("literal", "ours"):
         print(json.dumps(one_step(command, rest[0], int(rest[1]))))
     elif command == "judge":
         judge(*rest)
-    else:
+    elif command == "bench":
         benchmark(*rest[:1], *map(int, rest[1:]))
+    else:
+        print(__doc__)

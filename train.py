@@ -104,8 +104,7 @@ def decode(paths, size):
     images = [None] * len(paths)
     for i, path in enumerate(paths):
         with contextlib.suppress(Exception), Image.open(path) as image:  # damage may raise anything
-            if image.mode in ("I", "F"):
-                continue  # black and white are anyone's guess
+            assert image.mode not in ("I", "F")  # black and white are anyone's guess
             if image.mode.startswith("I;16"):  # Pillow would clip it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -122,21 +121,23 @@ def scan(folder):
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(os.path.join(where, file) for where, _, files in os.walk(f"{folder}/{name}")
-                       for file in files if file[0] != ".")
+                       for file in files if file[0] != "." and os.path.isfile(f"{where}/{file}"))
         if not found:
             raise Fault(f"--data {folder}: the class folder {name} is empty")
         paths += found
         labels += [label] * len(found)
     return paths, np.array(labels), len(classes)
 
-SHARD = 256  # images to a file of the cache
+SHARD = 2048  # images to a file of the cache, each of which stays open
 
-def open_shard(stem, shape, labels):
+def open_shard(stem, shape, dtype, labels):
     """(images, labels) of a shard, memory-mapped; None unless it is there and undamaged."""
     try:
-        x, y = (np.load(f"{stem}.{what}.npy", mmap_mode="r", allow_pickle=False) for what in "xy")
-        return (x, y) if x.shape == (len(y), *shape) and set(y) <= set(labels) else None
-    except Exception:  # a damaged file may raise anything
+        x = np.load(f"{stem}.x.npy", mmap_mode="r", allow_pickle=False)
+        y = np.load(f"{stem}.y.npy", allow_pickle=False)
+        same = (x.shape, x.dtype, y.dtype) == ((len(y), *shape), dtype, labels.dtype)
+        return (x, y) if same and set(y) <= set(labels) else None
+    except (OSError, ValueError, EOFError):
         return None
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
@@ -146,7 +147,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     the next start completes it; it is made anew when the files, the size or the VAE have changed.
     """
     paths, labels, num_classes = scan(folder)
-    source = hashlib.sha256(repr((size, vae and vae.name)).encode())
+    source = hashlib.sha256(repr((size, vae and vae.digest)).encode())
     for path in paths:
         facts = os.stat(path)
         source.update(repr((path[len(folder):], facts.st_size, facts.st_mtime_ns)).encode())
@@ -155,45 +156,45 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
         cache.mkdir(exist_ok=True)
         if not note.exists() or note.read_text() != source:
             for old in cache.glob("[0-9]*.[xy].npy"):
+                print(f"{old} is of other images, size or VAE: removed", file=sys.stderr)
                 old.unlink()
             with sample.atomic(note) as file:
                 file.write(source.encode())
-    sample.barrier()
+    sample.total(torch.zeros(1))  # all wait for rank 0
 
-    shape = (8, size // 8, size // 8) if vae else (3, size, size)
+    shape, dtype = ((8, size // 8, size // 8), np.float16) if vae else ((3, size, size), np.uint8)
     starts = range(0, len(paths), SHARD)
-    parts = [(cache / f"{i // SHARD:05d}", shape, labels[i:i + SHARD]) for i in starts]
+    parts = [(cache / f"{i // SHARD:05d}", shape, dtype, labels[i:i + SHARD]) for i in starts]
     todo = [k for k in range(rank, len(parts), world) if not open_shard(*parts[k])]
     files = [path for k in todo for path in paths[starts[k]:starts[k] + SHARD]]
-    needed = len(files) * world * (size**2 // 4 if vae else size**2 * 3)
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise Fault(f"the cache {cache} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
-                    "there; --cache puts it elsewhere")
-    loader = DataLoader(files, 16, collate_fn=functools.partial(decode, size=size),
-                        num_workers=os.cpu_count() // world)
-    images = tqdm(itertools.chain.from_iterable(loader), "decoding", len(files), unit=" images",
-                  disable=rank > 0 or not files)
-    bad = []
+    needed, free = len(files) * size**2 * (0.25 if vae else 3), shutil.disk_usage(cache).free
+    if needed * min(world, len(parts)) > free:
+        raise Fault(f"--cache {cache}: {needed / 1e6:.1f} MB a process, {free / 1e6:.1f} are free")
+    loader = DataLoader(files, 16, collate_fn=functools.partial(decode, size=size), num_workers=(
+        os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    bar = tqdm(loader, "decoding", unit=" images", unit_scale=16, disable=rank > 0 or not files)
+    batches = iter(bar)
     for k in todo:
-        stem, _, y = parts[k]
-        x = list(itertools.islice(images, len(y)))
-        good = [i for i, image in enumerate(x) if image is not None]
-        bad += [paths[starts[k] + i] for i in range(len(y)) if x[i] is None]
-        x = np.array([x[i] for i in good], np.uint8).reshape(-1, 3, size, size)
-        for what, values in (("x", vae.encode(x) if vae else x), ("y", y[good])):
+        stem, _, _, y = parts[k]
+        x, good = [np.empty((0, *shape), dtype)], []
+        for images in itertools.islice(batches, -(-len(y) // 16)):
+            some = [image for image in images if image is not None]
+            good += [image is not None for image in images]
+            if some:
+                x.append(vae.encode(np.stack(some)) if vae else np.stack(some))
+        bad = [paths[starts[k] + i] for i in np.flatnonzero(~np.array(good))]
+        if bad:
+            bar.write(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
+        for what, values in (("x", np.concatenate(x)), ("y", y[good])):
             with sample.atomic(f"{stem}.{what}.npy") as file:
                 np.save(file, values)
-        if len(bad) > max(10, len(paths) // 100):
-            raise Fault(f"--data {folder}: too many files are no images: {', '.join(bad[:5])}, ...")
-    if bad:
-        print(f"left out {len(bad)} files that are no images: {', '.join(bad[:5])}"
-              + ", ..." * (len(bad) > 5), file=sys.stderr)
-    sample.barrier()
+    bar.close()
+    sample.total(torch.zeros(1))
     shards, found = zip(*(open_shard(*part) for part in parts))
     found = np.concatenate(found)
-    if len(np.unique(found)) < num_classes:
-        raise Fault(f"--data {folder}: a class is left without images")
+    bad = len(paths) - len(found)
+    if len(np.unique(found)) < num_classes or bad > max(10, len(paths) // 100):
+        raise Fault(f"--data {folder}: {bad} of {len(paths)} files are no images, or a whole class")
     return Data(list(shards), found, num_classes, source)
 
 @functools.lru_cache(2)
@@ -239,7 +240,7 @@ def arguments():
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
-    flag("--seed", type=number(int, 0), default=0, metavar="N")
+    flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
     flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50")
     flag("--save-every", type=COUNT, default=500, metavar="N", help="checkpoint; default: 500")
     flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
@@ -287,14 +288,14 @@ def resume(path, settings, net, ema, optimizer):
                 raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
         for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(saved.pop(name))
-        return [int(saved[name]) for name in ("step", "skipped", "streak", "logged")]
+        return [len(range(saved[name])) for name in ("step", "skipped", "streak", "logged")]
 
 def peak_memory(device):
     """In GB: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    bytes_or_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return bytes_or_kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
 
 def main():
     args = arguments()
@@ -379,8 +380,8 @@ def main():
                 losses += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
 
             norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
-            lr = args.lr * min(1, (step + 1) / max(1, args.warmup),
-                               (1 - step / args.steps) / max(1e-9, args.cooldown))
+            lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            lr *= min(1, (1 - step / args.steps) / max(1e-9, args.cooldown))
             optimizer.param_groups[0]["lr"] = lr
             if math.isfinite(norm):
                 optimizer.step()
@@ -391,12 +392,12 @@ def main():
                 skipped, streak = skipped + 1, streak + 1
                 if streak == 20:
                     raise Fault(f"step {step + 1}: no finite gradient for 20 steps. The last "
-                                f"checkpoint stays in {out}; a lower --lr may help")
+                                f"checkpoint stays in {out}; try a lower --lr in another --out")
             optimizer.zero_grad()
             step += 1
             bar.update()
 
-            stop = sample.total(torch.tensor(len(signals), device=device)).item() > 0
+            stop = sample.total(torch.tensor(len(signals))).item() > 0
             end = step == args.steps
             if step % args.log_every == 0 or end:
                 loss_u, loss_v, n = sample.total(sums).tolist()
@@ -414,7 +415,7 @@ def main():
                         print(json.dumps(record), file=file)
             if rank == 0 and (step % args.sample_every == 0 or end):
                 draw_sheet()
-            if rank == 0 and (step % args.save_every == 0 or end or stop):
+            if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
                 save()
     worker.shutdown(cancel_futures=True)
     if stop:
