@@ -247,7 +247,7 @@ def write_folder(folder, made_of, num, draw, rank=0, world=1):
     todo = [i for i in range(rank, num, world) if not (folder / f"{i:06d}.png").exists()]
     images = tqdm(itertools.chain.from_iterable(draw(todo)), total=len(todo), unit=" images",
                   disable=rank > 0)
-    for i, image in zip(todo, images):
+    for image, i in zip(images, todo):  # in this order the bar ends at 100 %
         with atomic(folder / f"{i:06d}.png") as file:
             picture(image).save(file, "PNG")
     total(torch.zeros(1))
