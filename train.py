@@ -40,8 +40,9 @@ import model
 import sample
 from sample import Fault, number
 
-# Where nothing is said: for tiny, minutes on two CPU cores; for the others the release's recipe.
 COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+
+# Where nothing is said: for tiny, minutes on two CPU cores; for the others the release's recipe.
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images a step"),
     "steps": (3200, "640 epochs", COUNT, "of training"),
@@ -104,7 +105,8 @@ def decode(paths, size):
     images = [None] * len(paths)
     for i, path in enumerate(paths):
         with contextlib.suppress(Exception), Image.open(path) as image:  # damage may raise anything
-            assert image.mode not in ("I", "F")  # black and white are anyone's guess
+            if image.mode in ("I", "F"):
+                continue  # black and white are anyone's guess
             if image.mode.startswith("I;16"):  # Pillow would clip it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -275,10 +277,7 @@ def initialise(net, path):
         net.load_state_dict(start.state_dict())
 
 def resume(path, settings, net, ema, optimizer):
-    """Loads a checkpoint into the three and returns its (step, skipped, streak, logged).
-
-    Raises Fault if it is damaged, or was made with other settings.
-    """
+    """Loads a checkpoint into the three; returns (step, skipped, streak, logged). Raises Fault."""
     saved = sample.load_file(path)
     with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
