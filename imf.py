@@ -68,14 +68,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     u, v = net(z, t - r, omega, t_min, t_max, y)  # the only pass that autograd sees
 
     with torch.no_grad():
-        def at_r_equal_t(branch, i, omega, y):  # h = 0, and guidance at all times
+        def at_r_equal_t(branch, i, omega, y):  # of the samples i: h = 0, guidance at all times
             return branch(z[i], zero[i], omega, zero[i], one[i], y)
 
         m = (r < t).nonzero()[:, 0]  # where du/dt counts; elsewhere v is v_c already
         v_c = v.detach().clone()
         v_c[m] = at_r_equal_t(dit.v, m, omega_[m], y[m])
 
-        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u); outside g it is e - x
+        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), which is e - x outside of g
         g = ((omega_ != 1) & ~drop).nonzero()[:, 0]
         v_u = at_r_equal_t(dit.v, g, one[g], torch.full_like(g, dit.num_classes))
         v_g = e - x

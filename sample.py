@@ -288,7 +288,7 @@ def main():
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
     if (name == "none") == (net.channels == 4):
-        raise Fault(f"{args.checkpoint} draws {net.channels} channels; --vae is for 4, and a must")
+        raise Fault(f"{args.checkpoint} draws {net.channels} channels: 4 need a --vae, others none")
     vae = None if name == "none" else VAE(name, device)
 
     def draw(numbers):  # of all omegas, in turn

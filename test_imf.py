@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -571,9 +572,19 @@ def test_a_run_continued_is_the_run_uninterrupted(small, tmp_path, monkeypatch):
     before = (tmp_path / "b" / "last.pt").stat()
     run("b", 6)
     assert (tmp_path / "b" / "last.pt").stat() == before
-    assert sorted(os.listdir(tmp_path / "a")) == ["last.pt", "log.jsonl", "step-000006.png"]
+    assert sorted(os.listdir(tmp_path / "a")) == [".lock", "last.pt", "log.jsonl",
+                                                  "step-000006.png"]
     net, info = sample.load(tmp_path / "a" / "last.pt")
     assert info["step"] == 6 and same(net.state_dict(), whole["ema"])
+
+
+def test_a_second_run_on_the_same_out_is_refused(small, tmp_path, monkeypatch, capsys):
+    argv = ["--out", tmp_path, "--steps", 1, "--batch-size", 4]
+    with open(tmp_path / ".lock", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        status, err = call(train, *argv, monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2 and "another run" in err and os.listdir(tmp_path) == [".lock"]
+    assert call(train, *argv, monkeypatch=monkeypatch)[0] == 0
 
 
 def test_killed_or_interrupted_it_ends_in_the_same_weights(tmp_path):

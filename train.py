@@ -13,6 +13,7 @@ number of processes, and any --accum, trains the same model.
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -338,6 +339,9 @@ def main():
         step, skipped, streak, logged = resume(out / "last.pt", settings, net, ema, optimizer)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # held until it is closed, at the end
+        with sample.blame(f"--out {out}: another run is writing there"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         records = journal.read_bytes().splitlines(True) if journal.exists() else []
         with sample.atomic(journal) as file:
             file.writelines(records[:logged])  # what came after the checkpoint runs again
@@ -360,9 +364,8 @@ def main():
     for name in (signal.SIGINT, signal.SIGTERM):  # end the run after this step
         signal.signal(name, lambda number, _: signals.append(number))
 
-    worker = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
-    prepare = functools.partial(worker.submit, batch, data, args, rank, world)
-    ahead, stop = prepare(step), False
+    prepare = functools.partial(ThreadPoolExecutor(1).submit, batch, data, args, rank, world)
+    ahead, stop = prepare(step), False  # the next batch is made while a step runs
     sums, since = torch.zeros(3, device=device), (step, time.time())
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
@@ -402,9 +405,8 @@ def main():
                 loss_u, loss_v, n = sample.total(sums).tolist()
                 rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
                 record = {"step": step, "loss_u": loss_u / n if n else None,
-                          "loss_v": loss_v / n if n else None,
-                          "grad_norm": norm if math.isfinite(norm) else None,
-                          "lr": lr, "images_per_s": rate, "skipped": skipped,
+                          "loss_v": loss_v / n if n else None, "lr": lr, "images_per_s": rate,
+                          "grad_norm": norm if math.isfinite(norm) else None, "skipped": skipped,
                           "peak_memory_gb": peak_memory(device)}
                 bar.set_postfix({key: record[key] for key in ("loss_u", "loss_v", "images_per_s")})
                 sums, since = torch.zeros_like(sums), (step, time.time())
@@ -416,7 +418,6 @@ def main():
                 draw_sheet()
             if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
                 save()
-    worker.shutdown(cancel_futures=True)
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
