@@ -117,7 +117,7 @@ class DiT(nn.Module):
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth):
         super().__init__()
-        if image_size % patch_size:
+        if image_size not in range(patch_size, 4096, patch_size):
             raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}")
         if hidden_size % (2 * num_heads) or not 0 <= head_depth <= depth:
             raise ValueError(f"{hidden_size=}, {num_heads=}, {depth=}, {head_depth=} do not fit")

@@ -6,8 +6,8 @@
     python sample.py iMF-XL-2.pth --classes 207 88             the authors' weights, with their VAE
     torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
-Image i is made from noise that depends on (seed, i) alone: neither the batch size, nor the
-number of images or processes, nor their order changes it (the rounding of latents excepted).
+Image i is made from noise that depends on (seed, i) alone: neither the number of images or of
+processes nor their order changes it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -43,6 +44,8 @@ VAE_NAME = "stabilityai/sd-vae-ft-mse"
 LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
 LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
 
+GROUP = 8  # images at a time, always: results of other sizes would be rounded differently
+
 class Fault(Exception):
     """Something that the user can mend: one line that names it, what was expected and the cure."""
 
@@ -54,7 +57,8 @@ def blame(what):
     except Fault:
         raise
     except Exception as error:
-        raise Fault(f"{what}: {' '.join(str(error).split())[:200] or repr(error)}") from None
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        raise Fault(f"{what}: {' '.join(reason.split())[:200]}") from None
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -66,22 +70,25 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            error = "out of memory: a smaller --batch-size needs less, or in training more --accum"
-        if int(os.environ.get("RANK", 0)):  # if rank 0 says the same, torchrun ends us meanwhile
+    except Exception as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank or dist.is_initialized() and not isinstance(error, Fault):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+            time.sleep(5)  # if another process says why, torchrun ends us meanwhile
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            error = Fault("out of memory: in training --accum needs less, elsewhere a smaller size")
+        if not isinstance(error, (Fault, OSError)):
+            raise
+        newline = "\n" * bool(rank)  # rank 0 shows a bar
+        print(f"{newline}{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
     def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-    number.__name__ = kind.__name__  # in argparse's messages
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
     return number
 
 def join(name=None):
@@ -123,37 +130,52 @@ def atomic(path):
             raise Fault(f"cannot write {path}: {cause.strerror}") from None
         raise
 
-def load_file(path, mmap=False):
+def files(folder):
+    """All files below a folder, sorted, but for hidden ones. Raises Fault if there are none."""
+    found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
+                   for name in names if name[0] != "." and os.path.isfile(f"{where}/{name}"))
+    if not found:
+        raise Fault(f"{folder}: no such folder, or an empty one")
+    return found
+
+def open_image(path):
+    """A picture as PIL RGB: 16 bits become 8, what is transparent white. It may raise anything."""
+    with Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError("black and white are anyone's guess")
+        if image.mode.startswith("I;16"):  # Pillow would clip it
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+def load_file(path):
     """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        zipped = zipfile.is_zipfile(path)  # all but very old files
+        if zipped and zipfile.ZipFile(path).testzip():
             raise ValueError  # of the check sums, which torch.load does not compare
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         reason = getattr(error, "strerror", None) or "it is damaged or no checkpoint"
         raise Fault(f"cannot read {path}: {reason}") from None
 
-def load(path, device="cpu", steps=1):
+def load(path, device="cpu"):
     """(net, info) from our own checkpoint (its EMA weights) or from the authors' released weights.
 
-    info holds the settings of the training, `vae` ("none" for pixels), and omega, t_min, t_max:
-    the guidance that suits it in so many steps. Raises Fault if the file is no such thing.
+    info: the settings of the training; its `vae` is "none" for pixels. Raises Fault.
     """
-    saved = load_file(path, mmap=True)
+    saved = load_file(path)
     with blame(f"cannot use {path} as weights of iMF"):
         if "ema" in saved:
             info = {"vae": "none", **saved["settings"], "step": saved["step"]}
-            if type(info["image_size"]) is not int or not 1 <= info["image_size"] <= 1024:
-                raise ValueError(f"image size {info['image_size']}")
-            net = model.from_state(saved["ema"], info["image_size"])
+            net = model.from_state(saved["ema"], int.__index__(info["image_size"]))
         else:
             net, info = model.from_official(saved), {"vae": VAE_NAME}
         if not all(p.isfinite().all() for p in net.parameters()):
             raise ValueError("some of its weights are not finite")
-        depth = len(net.shared_blocks) + len(net.u_heads)
-        advised = {} if info["vae"] == "none" else ADVISED if steps == 1 else ADVISED_IN_STEPS
-        guidance = dict(zip(("omega", "t_min", "t_max"), advised.get(depth, GUIDANCE)))
-        return net.to(device).eval(), {**guidance, **info}
+        return net.to(device).eval(), info
 
 class VAE:
     """Images (B, 3, 8 h, 8 w) to latents (B, 4, h, w) and back: an AutoencoderKL. Raises Fault.
@@ -162,8 +184,10 @@ class VAE:
     """
 
     def __init__(self, name, device="cpu"):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # in the place of many lines of warnings
+        warnings.filterwarnings("ignore", module="huggingface_hub")
         import diffusers  # takes seconds, and who draws pixels does not need it
-        with blame(f"--vae {name}"):
+        with blame(f"--vae {name} cannot be had, neither as a folder nor from the hub"):
             net = diffusers.AutoencoderKL.from_pretrained(
                 name, use_safetensors=True, low_cpu_mem_usage=False)
         weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
@@ -176,37 +200,64 @@ class VAE:
 
     def encode(self, images):
         """The posteriors of uint8 (B, 3, 8 h, 8 w): mean and deviation, float16 (B, 8, h, w)."""
-        parts = torch.from_numpy(images).to(self.mean.device).split(16)
-        posteriors = [self.net.encode(part / 127.5 - 1).latent_dist for part in parts]
-        return torch.cat([torch.cat((p.mean, p.std), 1) for p in posteriors]).half().cpu().numpy()
+        images = torch.from_numpy(images).to(self.mean.device) / 127.5 - 1
+        posterior = self.net.encode(images).latent_dist
+        return torch.cat((posterior.mean, posterior.std), 1).half().cpu().numpy()
 
     def decode(self, x):
         """The images of normalised latents x, in [-1, 1]."""
-        parts = (x * self.std + self.mean).split(16)
-        return torch.cat([self.net.decode(part).sample for part in parts])
+        return self.net.decode(x * self.std + self.mean).sample
 
-def generate(net, numbers, classes, seed=0, batch_size=64, vae=None, **guidance):
+def options(parser):
+    """The flags of whatever draws images: of sample.py and fid.py."""
+    flag = parser.add_argument
+    flag("--steps", type=number(int, 1, 1000), default=1, help="network evaluations per image")
+    flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
+    flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), action="append",
+         help="the times at which guidance acts, within 0 1; may come again")
+    flag("--seed", type=number(int, 0), default=0, help="of the noise; default: 0")
+    flag("--vae", help="folder or name of the VAE that decodes latents; or none")
+    flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
+
+def prepare(path, args, device):
+    """(net, vae or None, [keyword arguments of imf.sample, ...]) of a checkpoint, as `options` say:
+    each omega with each interval, or what is advised. Raises Fault."""
+    net, info = load(path, device)
+    name = args.vae or info["vae"]
+    if (name == "none") == (net.channels == 4):
+        raise Fault(f"{path} draws {net.channels} channels: 4 need a --vae, others none")
+    advised = {} if name == "none" else ADVISED if args.steps == 1 else ADVISED_IN_STEPS
+    depth = len(net.shared_blocks) + len(net.u_heads)
+    omega, *interval = advised.get(depth, GUIDANCE)
+    for low, high in args.interval or []:
+        if low > high:
+            raise Fault(f"--interval {low} {high}: the lower end comes first")
+    settings = [dict(steps=args.steps, omega=omega, t_min=low, t_max=high)
+                for omega in args.omega or [omega] for low, high in args.interval or [interval]]
+    return net, None if name == "none" else VAE(name, device), settings
+
+def generate(net, numbers, classes, seed=0, vae=None, **guidance):
     """Yields batches of images, uint8 (b, C, H, W): number i is of class classes[i % len(classes)].
 
     vae: the VAE of one that draws latents. guidance: steps, omega, t_min, t_max of imf.sample.
     """
     device = next(net.parameters()).device
     shape = net.channels, net.image_size, net.image_size
-    for start in range(0, len(numbers), batch_size):
-        part = numbers[start:start + batch_size]
-        noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in part]
-        y = torch.tensor([classes[i % len(classes)] for i in part], device=device)
+    for start in range(0, len(numbers), GROUP):
+        part = numbers[start:start + GROUP]
+        full = [*part, *[part[0]] * (GROUP - len(part))]
+        noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in full]
+        y = torch.tensor([classes[i % len(classes)] for i in full], device=device)
         x = imf.sample(net, torch.from_numpy(np.stack(noise)).to(device), y, **guidance)
         x = vae.decode(x) if vae else x
-        yield (x * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
+        yield (x * 127.5 + 127.5).round().clamp(0, 255).byte()[:len(part)].cpu().numpy()
 
 def picture(image):
     """A PIL image of uint8 (C, H, W); grey for C = 1."""
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 def write_sheet(path, pictures, columns):
-    """One PNG of many PIL images, row by row; small ones are enlarged."""
-    pictures = list(pictures)
+    """One PNG of a list of PIL images, row by row; small ones are enlarged."""
     size = pictures[0].width * max(1, 64 // pictures[0].width)
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (size + 2) - 2, rows * (size + 2) - 2))
@@ -228,89 +279,55 @@ def write_npz(path, pictures, labels):
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels)
 
-def write_folder(folder, made_of, num, draw, rank=0, world=1):
-    """000000.png, ... in `folder`, every world-th by this process; draw(numbers) yields batches.
-
-    Those that are there from an earlier start stay. Raises Fault if that was made of other things.
-    """
-    note = folder / ".made-of"
-    if rank == 0:
-        same = note.exists() and note.read_text() == made_of
-        if note.exists() and not same and folder.suffix == ".part":
-            shutil.rmtree(folder)  # left over from another start
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not same:
-            raise Fault(f"{folder} holds something else already: remove it or choose another --out")
-        with atomic(note) as file:
-            file.write(made_of.encode())
-    total(torch.zeros(1))
-    todo = [i for i in range(rank, num, world) if not (folder / f"{i:06d}.png").exists()]
-    images = tqdm(itertools.chain.from_iterable(draw(todo)), total=len(todo), unit=" images",
-                  disable=rank > 0)
-    for image, i in zip(images, todo):  # in this order the bar ends at 100 %
-        with atomic(folder / f"{i:06d}.png") as file:
-            picture(image).save(file, "PNG")
-    total(torch.zeros(1))
-
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = p.add_argument
-    flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
-    flag("--steps", type=number(int, 1, 1000), default=1, help="network evaluations per image")
-    flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="scales, a row each")
-    flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
-         help="the times at which guidance acts, within 0 1")
-    flag("--classes", type=number(int, 0), nargs="+", metavar="C", help="in turn; default: all")
-    flag("--num", type=number(int, 1), help="images (for each omega); default 100, or 10")
-    flag("--seed", type=number(int, 0), default=0, help="of the noise; default: 0")
-    flag("--batch-size", type=number(int, 1), default=64, help="images at a time; default: 64")
-    flag("--vae", help="folder or name of the VAE that decodes latents; or none")
-    flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
-    flag("--out", metavar="FILE.png|FOLDER|FILE.npz", help="default: samples.png by the checkpoint")
+    p.add_argument("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
+    options(p)
+    p.add_argument("--classes", type=number(int, 0), nargs="+", metavar="C", help="default: all")
+    p.add_argument("--num", type=number(int, 1), help="images a row; default: 100, of many rows 10")
+    p.add_argument("--out", metavar="FILE.png|FOLDER|FILE.npz",
+                   help="default: samples.png by the checkpoint")
     args = p.parse_args()
 
     device, rank, world = join(args.device)
-    net, info = load(args.checkpoint, device, args.steps)
-    out = args.out or os.path.join(os.path.dirname(args.checkpoint), "samples.png")
-    kind = "" if os.path.isdir(out) or out.endswith("/") else os.path.splitext(out)[1].lower()
-    omegas = args.omega or [info["omega"]]
-    t_min, t_max = args.interval or (info["t_min"], info["t_max"])
+    net, vae, rows = prepare(args.checkpoint, args, device)
     classes = args.classes or list(range(net.num_classes))
-    num = args.num or (100 if len(omegas) == 1 else 10)
-    every = num * len(omegas)
-    name = args.vae or info["vae"]
+    num = args.num or (100 if len(rows) == 1 else 10)
+    out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
+    kind = "" if out.is_dir() or (args.out or "").endswith("/") else out.suffix.lower()
+    every = range(num * len(rows))
     if kind not in (".png", ".npz", ""):
         raise Fault(f"--out {out}: end it in .png or .npz, or a folder's name in /")
-    if kind == ".png" and every > 10_000:
+    if kind == ".png" and len(every) > 10_000:
         raise Fault("a sheet holds at most 10,000 images: let --out be a folder or end in .npz")
-    if t_min > t_max:
-        raise Fault(f"--interval {t_min} {t_max}: the lower end comes first")
+    if not kind and out.exists() and any(out.iterdir()):
+        raise Fault(f"{out} holds something already: remove it or choose another --out")
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
-    if (name == "none") == (net.channels == 4):
-        raise Fault(f"{args.checkpoint} draws {net.channels} channels: 4 need a --vae, others none")
-    vae = None if name == "none" else VAE(name, device)
 
-    def draw(numbers):  # of all omegas, in turn
-        for k, omega in enumerate(omegas):
-            yield from generate(net, [i - k * num for i in numbers if i // num == k], classes,
-                                args.seed, args.batch_size, vae, steps=args.steps, omega=omega,
-                                t_min=t_min, t_max=t_max)
-
+    # A start with the same arguments completes what an earlier one drew.
     file = os.stat(args.checkpoint)
-    made_of = repr((file.st_size, file.st_mtime_ns, name, args.steps, omegas, t_min, t_max, classes,
-                    args.seed, every > num and num))
-    folder = Path(out + ".part" if kind else out)
-    write_folder(folder, made_of, every, draw, rank, world)
+    key = repr((file.st_size, file.st_mtime_ns, args.vae, rows, classes, args.seed, num))
+    part = Path(f"{out}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    todo = [i for i in every[rank::world] if not (part / f"{i:06d}.png").exists()]
+    batches = (generate(net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row)
+               for k, row in enumerate(rows))
+    images = itertools.chain.from_iterable(itertools.chain.from_iterable(batches))
+    bar = tqdm(images, total=len(todo), unit=" images", disable=rank > 0)
+    for image, i in zip(bar, todo):  # in this order the bar ends at 100 %
+        with atomic(part / f"{i:06d}.png") as file:
+            picture(image).save(file, "PNG")
+    total(torch.zeros(1))
     if rank == 0:
-        pictures = (Image.open(folder / f"{i:06d}.png").convert("RGB") for i in range(every))
+        pictures = (Image.open(part / f"{i:06d}.png").convert("RGB") for i in every)
         if kind == ".png":
-            write_sheet(out, pictures, 10 if len(omegas) == 1 else num)
-        if kind == ".npz":
-            labels = [classes[i % num % len(classes)] for i in range(every)]
-            write_npz(out, pictures, np.array(labels))
-        if kind:
-            shutil.rmtree(folder)
+            write_sheet(out, list(pictures), 10 if len(rows) == 1 else num)
+        elif kind == ".npz":
+            write_npz(out, pictures, np.array([classes[i % num % len(classes)] for i in every]))
+        else:
+            part.replace(out)
+        shutil.rmtree(part, ignore_errors=True)
         print(f"wrote {out}")
 
 if __name__ == "__main__":

@@ -389,12 +389,14 @@ def call(program, *argv, monkeypatch, capsys=None):
 
 def test_an_image_depends_on_its_own_seed_alone():
     net = network(channels=1)
-    whole = np.concatenate(list(sample.generate(net, range(20), [0, 1, 2], batch_size=20)))
-    parts = np.concatenate(list(sample.generate(net, range(20), [0, 1, 2], batch_size=3)))
-    some = np.concatenate(list(sample.generate(net, [7, 4], [0, 1, 2])))
-    assert np.array_equal(whole, parts) and np.array_equal(some, whole[[7, 4]])
-    other = np.concatenate(list(sample.generate(net, range(20), [0, 1, 2], seed=1)))
-    assert len(np.unique(np.concatenate((whole, other)), axis=0)) == 40
+
+    def draw(numbers, seed=0):
+        return np.concatenate(list(sample.generate(net, numbers, [0, 1, 2], seed)))
+
+    whole = draw(range(20))
+    for some in (range(3), range(1, 20, 2), [7, 4], range(19, -1, -1)):
+        assert np.array_equal(draw(some), whole[list(some)])
+    assert len(np.unique(np.concatenate((whole, draw(range(20), seed=1))), axis=0)) == 40
 
 
 def test_guidance_and_steps_are_free_at_every_call():
@@ -416,7 +418,7 @@ def test_sample_writes_a_sheet_a_folder_or_an_npz(tmp_path, monkeypatch):
         assert call(sample, path, *argv, monkeypatch=monkeypatch)[0] == 0
 
     run("--num", 6, "--classes", 3, 1, "--out", tmp_path / "a.npz", "--seed", 5)
-    run("--num", 6, "--classes", 3, 1, "--out", tmp_path / "folder", "--seed", 5, "--batch-size", 4)
+    run("--num", 6, "--classes", 3, 1, "--out", tmp_path / "folder", "--seed", 5)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
@@ -427,6 +429,9 @@ def test_sample_writes_a_sheet_a_folder_or_an_npz(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "samples.png").size == (10 * 66 - 2, 10 * 66 - 2)
     run("--omega", 1, 2, 4, "--num", 5, "--out", tmp_path / "b.png", "--interval", 0.2, 0.8)
     assert Image.open(tmp_path / "b.png").size == (5 * 66 - 2, 3 * 66 - 2)
+    run("--omega", 1, 2, "--num", 3, "--out", tmp_path / "b.png", "--interval", 0.2, 0.8,
+        "--interval", 0, 0.5)
+    assert Image.open(tmp_path / "b.png").size == (3 * 66 - 2, 4 * 66 - 2)
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.png", "folder", "last.pt", "samples.png"]
 
 
@@ -521,7 +526,7 @@ def test_digits_are_a_pure_function_of_number_and_seed():
 def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0)
     images, labels = train.digits(10)
-    data = train.Data([images[:3], images[3:]], labels, 10, "")
+    data = train.Data(images, labels, 10, "")
     batches = [train.batch(data, args, 0, 1, k) for k in range(4)]
     x = torch.cat([b[0] for b in batches]).flatten(1)
     assert len(x[:10].unique(dim=0)) == len(x[10:].unique(dim=0)) == 10
@@ -683,30 +688,31 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, m
 
     def load(size=16):
         data = train.folder_data(str(flowers), size, str(cache))
-        return data.take(np.arange(len(data.labels))), data
+        return np.stack(list(data.images)), data
 
     monkeypatch.setattr(train, "SHARD", 16)
     first, data = load()
     err = capsys.readouterr().err
     assert "left out 1, no images" in err and "notes.txt" in err
-    assert first.shape == (26, 3, 16, 16) and isinstance(data.shards[0], np.memmap)
+    assert first.shape == (26, 3, 16, 16) and isinstance(data.images[0], np.memmap)
     assert data.labels.tolist() == [0] * 22 + [1, 1, 1, 2] and data.num_classes == 3
-    files = {path: path.read_bytes() for path in cache.iterdir()}
-    assert len(files) == 2 * 2 + 1
+    [folder] = cache.iterdir()
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(files) == 2 * 2
 
     seen, decode = [], train.decode
     monkeypatch.setattr(os, "cpu_count", lambda: 0)  # no worker processes
     monkeypatch.setattr(train, "decode",
                         lambda paths, size: seen.extend(paths) or decode(paths, size))
     assert np.array_equal(load()[0], first) and load()[1].source == data.source and not seen
-    os.truncate(cache / "00000.x.npy", 1000)  # damaged, or never finished
+    os.truncate(folder / "00000.x.npy", 1000)  # damaged, or never finished
     load()
     assert len(seen) == 16 and all("aster" in path for path in seen)
-    assert files == {path: path.read_bytes() for path in cache.iterdir()}
+    assert files == {path: path.read_bytes() for path in folder.iterdir()}
     (flowers / "iris" / "notes.txt").unlink()
     changed, other = load()
     assert np.array_equal(changed, first) and other.source != data.source
-    assert load(32)[0].shape == (26, 3, 32, 32)
+    assert load(32)[0].shape == (26, 3, 32, 32) and len(list(cache.iterdir())) == 3
 
 
 def test_too_many_files_that_are_no_images_end_every_start(flowers, tmp_path):
@@ -728,8 +734,8 @@ def test_the_centre_crop_is_that_of_adm():
 def test_sixteen_bits_keep_their_shades_and_what_has_no_white_is_left_out(tmp_path):
     Image.fromarray(np.full((9, 9), 0x8000, np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "b.tif")
-    a, b = train.decode([tmp_path / "a.png", tmp_path / "b.tif"], 4)
-    assert (a == 0x80).all() and b is None
+    images, good = train.decode([tmp_path / "a.png", tmp_path / "b.tif"], 4)
+    assert (images == 0x80).all() and good.tolist() == [True, False]
 
 
 @pytest.fixture(scope="module")
@@ -752,18 +758,19 @@ def test_latents_are_drawn_from_the_posterior_and_normalised_per_channel(
     net = diffusers.AutoencoderKL.from_pretrained(vae_folder)
     data = train.folder_data(str(flowers), 32, str(tmp_path / "cache"), vae)
     pixels = train.folder_data(str(flowers), 32, str(tmp_path / "pixels"))
-    assert data.shards[0].shape == (6, 8, 4, 4) and data.shards[0].dtype == np.float16
+    latents = np.stack(list(data.images))
+    assert latents.shape == (6, 8, 4, 4) and latents.dtype == np.float16
     assert np.array_equal(data.labels, pixels.labels) and data.source != pixels.source
-    images = torch.from_numpy(pixels.take(np.arange(6))) / 127.5 - 1
+    images = torch.from_numpy(np.stack(list(pixels.images))) / 127.5 - 1
     with torch.no_grad():
         posterior = net.encode(images).latent_dist
         both = torch.cat((posterior.mean, posterior.std), 1)
-        torch.testing.assert_close(torch.from_numpy(data.shards[0]), both.half())
+        torch.testing.assert_close(torch.from_numpy(latents), both.half())
 
     args = types.SimpleNamespace(batch_size=6000, seed=1, t_mean=-0.4, t_std=1.0)
     x, y, _ = train.batch(data, args, 0, 1, 0)
     first = x[(y == 2)]  # one image, drawn a thousand times
-    mean, std = torch.from_numpy(data.shards[0][5]).float().chunk(2)
+    mean, std = torch.from_numpy(latents[5]).float().chunk(2)
     z = first * sample.LATENT_STD + sample.LATENT_MEAN
     assert len(first) == 1000 and (z.mean(0) - mean).abs().max() < 0.15 * std.max()
     assert (z.std(0) / std - 1).abs().max() < 0.15
@@ -806,12 +813,14 @@ def test_a_vae_of_another_shape_is_refused(tmp_path):
     (12, 1, (8, 0.4, 0.65)), (24, 1, (10.5, 0.4, 0.6)), (48, 1, (8, 0.42, 0.62)),
     (48, 2, (4, 0.36, 0.64)), (5, 1, (2, 0, 1))])
 def test_released_weights_are_known_by_their_names_and_guided_as_advised(
-        depth, steps, expected, tmp_path):
+        depth, steps, expected, tmp_path, monkeypatch):
     net = network(image_size=32, channels=4, depth=depth)
     torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
-    same, info = sample.load(tmp_path / "iMF.pth", steps=steps)
-    assert info["vae"] == sample.VAE_NAME and same.image_size == 32
-    assert (info["omega"], info["t_min"], info["t_max"]) == expected
+    monkeypatch.setattr(sample, "VAE", lambda name, device: name)
+    args = types.SimpleNamespace(steps=steps, vae=None, omega=None, interval=None)
+    same, vae, [row] = sample.prepare(tmp_path / "iMF.pth", args, "cpu")
+    assert vae == sample.VAE_NAME and same.image_size == 32
+    assert (row["omega"], row["t_min"], row["t_max"], row["steps"]) == (*expected, steps)
 
 
 def test_training_begins_with_released_weights_whose_v_head_is_a_copy_of_the_u_head(
@@ -853,27 +862,37 @@ def test_two_processes_train_the_same_model_and_draw_the_same_images(
     one, two = (torch.cat([p.flatten() for p in trained(tmp_path / name)["net"].values()])
                 for name in ("one", "two"))
     assert (one - two).norm() < 1e-5 * one.norm()
-    caches = [{p.name: p.read_bytes() for p in (tmp_path / f"cache{n}").iterdir()} for n in (1, 2)]
-    assert caches[0] == caches[1] and len(caches[0]) == 3
+    caches = [{p.name: p.read_bytes() for p in (tmp_path / f"cache{n}").glob("*/*")}
+              for n in (1, 2)]
+    assert caches[0] == caches[1] and len(caches[0]) == 2
 
     path = tmp_path / "one" / "last.pt"
-    torchrun(2, "sample.py", path, "--num", 9, "--out", tmp_path / "two.npz", "--batch-size", 2)
+    torchrun(2, "sample.py", path, "--num", 9, "--out", tmp_path / "two.npz")
     call(sample, path, "--num", 9, "--out", tmp_path / "one.npz", monkeypatch=monkeypatch)
     assert np.array_equal(*(np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("one", "two")))
 
 
-def test_an_interrupted_folder_is_completed_and_another_one_refused(tmp_path, monkeypatch, capsys):
-    argv = [checkpoint(tmp_path / "last.pt", network(channels=1)), "--out", tmp_path / "folder/",
-            "--num", 6]
-    call(sample, *argv, monkeypatch=monkeypatch)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
-    (tmp_path / "folder" / "000001.png").unlink()
-    before = (tmp_path / "folder" / "000002.png").stat()
-    call(sample, *argv, monkeypatch=monkeypatch)
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
-    assert (tmp_path / "folder" / "000002.png").stat() == before
-    status, err = call(sample, *argv, "--seed", 1, monkeypatch=monkeypatch, capsys=capsys)
-    assert status == 2 and "folder" in err.splitlines()[-1]
+def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(
+        tmp_path, monkeypatch, capsys):
+    out = tmp_path / "folder"
+    argv = [checkpoint(tmp_path / "last.pt", network(channels=1)), "--num", 6, "--out", f"{out}/"]
+
+    def files():
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    with monkeypatch.context() as patch:  # interrupted at the third image
+        pictures = iter([sample.picture] * 2)
+        patch.setattr(sample, "picture", lambda image: next(pictures, sys.exit)(image))
+        call(sample, *argv, monkeypatch=patch)
+    [part] = tmp_path.glob("folder.*.part")
+    before = {path.name: path.stat() for path in part.glob("*.png")}
+    assert len(before) == 2 and not out.exists()
+    assert call(sample, *argv, monkeypatch=monkeypatch)[0] == 0
+    assert len(files()) == 6 and not part.exists()
+    assert all((out / name).stat() == stat for name, stat in before.items())
+    found = files()
+    status, err = call(sample, *argv, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and "folder holds something" in err.splitlines()[-1] and files() == found
 
 
 def test_training_on_a_folder(small, flowers, tmp_path, monkeypatch):

@@ -27,13 +27,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 import imf
@@ -61,17 +61,11 @@ SETTINGS = ("model", "vae", "batch_size", "lr", "warmup", "cooldown", "ema", "t_
             "norm_eps", "tangent", "precision", "seed")
 
 class Data(NamedTuple):
-    """The images that one trains on: a list of arrays, which may be mapped from files."""
-    shards: list  # uint8 (n, C, H, W), or a VAE's posterior: float16 (n, 8, h, w), mean and std
-    labels: np.ndarray  # (N,) of all shards
+    """The images that one trains on."""
+    images: Sequence  # of uint8 (C, H, W), or a VAE's posteriors: float16 (8, h, w), mean and std
+    labels: np.ndarray  # (N,)
     num_classes: int
     source: str  # tells one data set from another
-
-    def take(self, numbers):
-        """The images of these numbers, an array (n, C, H, W)."""
-        ends = np.cumsum([len(shard) for shard in self.shards])
-        places = zip(np.searchsorted(ends, numbers, "right"), numbers)
-        return np.stack([self.shards[k][i - ends[k]] for k, i in places])
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,).
@@ -102,103 +96,75 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def decode(paths, size):
-    """Image files as uint8 (3, size, size) each; None for what cannot be read as a picture."""
-    images = [None] * len(paths)
+    """(the pictures among these files, uint8 (n, 3, size, size); which they are, bool)."""
+    images, good = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
     for i, path in enumerate(paths):
-        with contextlib.suppress(Exception), Image.open(path) as image:  # damage may raise anything
-            if image.mode in ("I", "F"):
-                continue  # black and white are anyone's guess
-            if image.mode.startswith("I;16"):  # Pillow would clip it
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            images[i] = np.array(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
-    return images
-
-def scan(folder):
-    """(paths, labels, number of classes) of a folder with one sub-folder per class."""
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    if not classes:
-        raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(os.path.join(where, file) for where, _, files in os.walk(f"{folder}/{name}")
-                       for file in files if file[0] != "." and os.path.isfile(f"{where}/{file}"))
-        if not found:
-            raise Fault(f"--data {folder}: the class folder {name} is empty")
-        paths += found
-        labels += [label] * len(found)
-    return paths, np.array(labels), len(classes)
+        with contextlib.suppress(Exception):  # damage may raise anything
+            images[i] = np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
+            good[i] = True
+    return images[good], good
 
 SHARD = 2048  # images to a file of the cache, each of which stays open
 
-def open_shard(stem, shape, dtype, labels):
+def open_shard(stem, dtype, shape):
     """(images, labels) of a shard, memory-mapped; None unless it is there and undamaged."""
-    try:
-        x = np.load(f"{stem}.x.npy", mmap_mode="r", allow_pickle=False)
-        y = np.load(f"{stem}.y.npy", allow_pickle=False)
-        same = (x.shape, x.dtype, y.dtype) == ((len(y), *shape), dtype, labels.dtype)
-        return (x, y) if same and set(y) <= set(labels) else None
-    except (OSError, ValueError, EOFError):
-        return None
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        x, y = (np.load(f"{stem}.{part}.npy", "r", allow_pickle=False) for part in "xy")
+        if (x.shape, x.dtype, y.dtype) == ((len(y), *shape), dtype, np.int64):
+            return x, y
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """The images of a folder, or with a VAE their posteriors, as Data. Raises Fault.
+    """The images of a folder of classes, or with a VAE their posteriors, as Data. Raises Fault.
 
-    They are mapped from `cache`, which all processes make, each every world-th shard. Interrupted,
-    the next start completes it; it is made anew when the files, the size or the VAE have changed.
+    They are mapped from files in `cache`, which all processes make, each every world-th; what was
+    interrupted is completed. Another size, VAE or file in the folder leads to another sub-folder.
     """
-    paths, labels, num_classes = scan(folder)
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    if not classes:
+        raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
+    found = [sample.files(os.path.join(folder, name)) for name in classes]
+    paths = list(itertools.chain.from_iterable(found))
+    labels = np.repeat(np.arange(len(found)), [len(some) for some in found])
     source = hashlib.sha256(repr((size, vae and vae.digest)).encode())
     for path in paths:
         facts = os.stat(path)
         source.update(repr((path[len(folder):], facts.st_size, facts.st_mtime_ns)).encode())
-    source, note, cache = source.hexdigest(), Path(cache, "source"), Path(cache)
-    if rank == 0:
-        cache.mkdir(exist_ok=True)
-        if not note.exists() or note.read_text() != source:
-            for old in cache.glob("[0-9]*.[xy].npy"):
-                print(f"{old} is of other images, size or VAE: removed", file=sys.stderr)
-                old.unlink()
-            with sample.atomic(note) as file:
-                file.write(source.encode())
-    sample.total(torch.zeros(1))  # all wait for rank 0
+    source = source.hexdigest()
 
-    shape, dtype = ((8, size // 8, size // 8), np.float16) if vae else ((3, size, size), np.uint8)
-    starts = range(0, len(paths), SHARD)
-    parts = [(cache / f"{i // SHARD:05d}", shape, dtype, labels[i:i + SHARD]) for i in starts]
-    todo = [k for k in range(rank, len(parts), world) if not open_shard(*parts[k])]
-    files = [path for k in todo for path in paths[starts[k]:starts[k] + SHARD]]
-    needed, free = len(files) * size**2 * (0.25 if vae else 3), shutil.disk_usage(cache).free
+    cache = Path(cache, source[:12])
+    cache.mkdir(parents=True, exist_ok=True)
+    kind = (np.float16, (8, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
+    parts = [slice(i, i + SHARD) for i in range(0, len(paths), SHARD)]
+    stems = [cache / f"{k:05d}" for k in range(len(parts))]
+    todo = [k for k in range(rank, len(parts), world) if not open_shard(stems[k], *kind)]
+    count = sum(len(paths[parts[k]]) for k in todo)
+    needed, free = count * size**2 * (0.25 if vae else 3), shutil.disk_usage(cache).free
     if needed * min(world, len(parts)) > free:
         raise Fault(f"--cache {cache}: {needed / 1e6:.1f} MB a process, {free / 1e6:.1f} are free")
-    loader = DataLoader(files, 16, collate_fn=functools.partial(decode, size=size), num_workers=(
-        os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    bar = tqdm(loader, "decoding", unit=" images", unit_scale=16, disable=rank > 0 or not files)
-    batches = iter(bar)
-    for k in todo:
-        stem, _, _, y = parts[k]
-        x, good = [np.empty((0, *shape), dtype)], []
-        for images in itertools.islice(batches, -(-len(y) // 16)):
-            some = [image for image in images if image is not None]
-            good += [image is not None for image in images]
-            if some:
-                x.append(vae.encode(np.stack(some)) if vae else np.stack(some))
-        bad = [paths[starts[k] + i] for i in np.flatnonzero(~np.array(good))]
-        if bad:
-            bar.write(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
-        for what, values in (("x", np.concatenate(x)), ("y", y[good])):
-            with sample.atomic(f"{stem}.{what}.npy") as file:
-                np.save(file, values)
-    bar.close()
-    sample.total(torch.zeros(1))
-    shards, found = zip(*(open_shard(*part) for part in parts))
+    workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    collate = functools.partial(decode, size=size)
+    with tqdm(total=count, desc="decoding", unit=" images", disable=rank > 0 or not todo) as bar:
+        for k in todo:
+            x, good = [], []
+            for images, some in DataLoader(paths[parts[k]], sample.GROUP, num_workers=workers,
+                                           collate_fn=collate):
+                x.append(vae.encode(images) if vae else images)
+                good.append(some)
+                bar.update(len(some))
+            good = np.concatenate(good)
+            if not good.all():
+                bad = np.array(paths[parts[k]])[~good]
+                bar.write(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", sys.stderr)
+            for what, values in (("x", np.concatenate(x)), ("y", labels[parts[k]][good])):
+                with sample.atomic(f"{stems[k]}.{what}.npy") as file:
+                    np.save(file, values)
+    sample.total(torch.zeros(1))  # all wait for all
+    shards, found = zip(*(open_shard(stem, *kind) for stem in stems))
     found = np.concatenate(found)
     bad = len(paths) - len(found)
-    if len(np.unique(found)) < num_classes or bad > max(10, len(paths) // 100):
+    if set(found) != set(labels) or bad > max(10, len(paths) // 100):
         raise Fault(f"--data {folder}: {bad} of {len(paths)} files are no images, or a whole class")
-    return Data(list(shards), found, num_classes, source)
+    return Data(ConcatDataset(shards), found, len(classes), source)
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
@@ -209,20 +175,18 @@ def batch(data, args, rank, world, step):
 
     x are pixels in [-1, 1], or a fresh draw of each latent, normalised.
     """
-    n, mine = len(data.labels), slice(rank, None, world)
-    place = np.arange(step * args.batch_size, (step + 1) * args.batch_size)[mine]
-    i = np.array([order(n, args.seed, int(epoch))[k] for epoch, k in zip(*np.divmod(place, n))])
-    x = torch.from_numpy(data.take(i)).float()
-    stream = np.random.SeedSequence((args.seed, step)).generate_state(1)
-    generator = torch.Generator().manual_seed(int(stream[0]))
-    if data.shards[0].dtype == np.uint8:
+    n, B, mine = len(data.labels), args.batch_size, slice(rank, None, world)
+    i = [order(n, args.seed, k // n)[k % n] for k in range(step * B, (step + 1) * B)[mine]]
+    x = torch.from_numpy(np.stack([data.images[k] for k in i]))
+    seed = np.random.SeedSequence((args.seed, step)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(seed[0]))
+    if x.dtype == torch.uint8:
         x = x / 127.5 - 1
     else:
-        mean, std = x.chunk(2, 1)
-        noise = torch.randn((args.batch_size, *mean.shape[1:]), generator=generator)
+        mean, std = x.float().chunk(2, 1)
+        noise = torch.randn((B, *mean.shape[1:]), generator=generator)
         x = (mean + std * noise[mine] - sample.LATENT_MEAN) / sample.LATENT_STD
-    draws = imf.draw(x.new_empty(args.batch_size, *x.shape[1:]), generator,
-                     t_mean=args.t_mean, t_std=args.t_std)
+    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
     return x, torch.from_numpy(data.labels[i]), imf.Draws(*(d[mine] for d in draws))
 
 def arguments():
@@ -257,15 +221,6 @@ def arguments():
         raise Fault(f"--image-size {args.image_size} is no multiple of {patch}, the patch's size")
     return args
 
-def settle(args, n):
-    """Fills in what the command line left open, for n images."""
-    for name, recipe in RECIPES.items():
-        value = recipe[args.model != "tiny"]
-        if isinstance(value, str):  # so many epochs
-            value = math.ceil(int(value.split()[0]) * n / args.batch_size)
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
 def initialise(net, path):
     """Begins with the weights of a checkpoint, our own or the authors'. Raises Fault.
 
@@ -278,7 +233,7 @@ def initialise(net, path):
         net.load_state_dict(start.state_dict())
 
 def resume(path, settings, net, ema, optimizer):
-    """Loads a checkpoint into the three; returns (step, skipped, streak, logged). Raises Fault."""
+    """Loads a checkpoint into the three; returns (step, skipped, logged). Raises Fault."""
     saved = sample.load_file(path)
     with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
@@ -288,7 +243,7 @@ def resume(path, settings, net, ema, optimizer):
                 raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
         for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(saved.pop(name))
-        return [len(range(saved[name])) for name in ("step", "skipped", "streak", "logged")]
+        return [len(range(saved[name])) for name in ("step", "skipped", "logged")]
 
 def peak_memory(device):
     """In GB: of the GPU where there is one, else of the process."""
@@ -315,11 +270,16 @@ def main():
         data = folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world)
     else:
         images, labels = digits(20_000)
-        data = Data([images], labels, 10, "digits")
-    settle(args, len(data.labels))
+        data = Data(images, labels, 10, "digits")
+    for name, recipe in RECIPES.items():
+        value = recipe[args.model != "tiny"]
+        if isinstance(value, str):  # so many epochs
+            value = math.ceil(int(value.split()[0]) * len(data.labels) / args.batch_size)
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
     torch.manual_seed(args.seed)
-    _, channels, image_size, _ = data.shards[0].shape
+    channels, image_size, _ = data.images[0].shape
     net = model.DiT(image_size, channels // 2 if vae else channels, data.num_classes,
                     **model.MODELS[args.model])
     if args.init:
@@ -336,7 +296,7 @@ def main():
     settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
-        step, skipped, streak, logged = resume(out / "last.pt", settings, net, ema, optimizer)
+        step, skipped, logged = resume(out / "last.pt", settings, net, ema, optimizer)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")  # held until it is closed, at the end
@@ -349,15 +309,15 @@ def main():
 
     def save():
         with sample.atomic(out / "last.pt") as file:
-            torch.save({"step": step, "skipped": skipped, "streak": streak, "logged": logged,
-                        "settings": settings, "net": net.state_dict(), "ema": ema.state_dict(),
+            torch.save({"step": step, "skipped": skipped, "logged": logged, "settings": settings,
+                        "net": net.state_dict(), "ema": ema.state_dict(),
                         "optimizer": optimizer.state_dict()}, file)
 
     def draw_sheet():  # from the same noise each time: in one step above, in two below
         classes = np.linspace(0, data.num_classes - 1, min(10, data.num_classes)).astype(int)
         images = [image for steps in (1, 2) for image in sample.generate(
             ema, range(20), classes.tolist(), args.seed, vae=vae, steps=steps, omega=2.0)]
-        images = map(sample.picture, np.concatenate(images))
+        images = [sample.picture(image) for image in np.concatenate(images)]
         sample.write_sheet(out / f"step-{step:06d}.png", images, 10)
 
     signals = []
