@@ -12,6 +12,7 @@ network's own velocity and V so depends on (z_t, r, t) alone.
 from typing import NamedTuple
 
 import torch
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 class Draws(NamedTuple):
@@ -88,10 +89,10 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
             dz = at_r_equal_t(dit.u, m, omega_[m], y[m])
         else:
             dz = v_g[m]
-        with sdpa_kernel(SDPBackend.MATH):  # no fused attention has a forward derivative
-            _, du_dt = torch.func.jvp(
-                lambda z, h: dit.u(z, h, omega[m], t_min[m], t_max[m], y[m]),
-                (z[m], (t - r)[m]), (dz, one[m]))
+        with dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no tangents
+            u_ = dit.u(make_dual(z[m], dz), make_dual((t - r)[m], one[m]),
+                       omega[m], t_min[m], t_max[m], y[m])
+            du_dt = unpack_dual(u_).tangent
 
     V = u.index_add(0, m, (t - r)[m].view(col) * du_dt)  # V = u + (t - r) sg[du/dt]
     loss = 0

@@ -17,15 +17,20 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 def rotations(n, dim, device):
-    """exp(i angle), (n, dim / 2) complex, for the angles index * 10000^(-2 k / dim)."""
+    """(cos, sin) of the angles index * 10000^(-2 k / dim), (n, dim / 2, 2)."""
     theta = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angles = torch.arange(n, device=device, dtype=torch.float32)[:, None] * theta
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), -1)
 
 def rotate(x, rotary):
     """Rotary embedding of x (..., n, dim): the pairs (0, 1), (2, 3), ... turn by their angles."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+    x_ = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # complex numbers are quicker, but no code is made for them
+        (a, b), (cos, sin) = x_.unbind(-1), rotary.unbind(-1)
+        x_ = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        x_ = torch.view_as_real(torch.view_as_complex(x_) * torch.view_as_complex(rotary))
+    return x_.flatten(-2).type_as(x)
 
 class Linear(nn.Linear):
     """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
@@ -74,9 +79,12 @@ class Block(nn.Module):
         for linear in (self.attn.qkv_proj, self.attn.out_proj, self.mlp.w13, self.mlp.w2):
             nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
-    def forward(self, x, rotary):
+    def forward(self, x, dx, rotary):
+        """x and, in a JVP, its tangent dx: compiled code takes and gives no dual tensors."""
+        if dx is not None:
+            x = forward_ad.make_dual(x, dx)
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
-        return x + self.mlp_scale * self.mlp(self.norm2(x))
+        return forward_ad.unpack_dual(x + self.mlp_scale * self.mlp(self.norm2(x)))
 
 class ScalarEmbedder(nn.Module):
     """A number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
@@ -146,51 +154,49 @@ class DiT(nn.Module):
         self.u_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
         self.v_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
 
-    def forward(self, x, h, omega, t_min, t_max, y):
+    def forward(self, *inputs):
         """Both velocities: (u, v)."""
-        trunk = self._trunk(x, h, omega, t_min, t_max, y)
-        return self._u(*trunk), self._v(*trunk)
+        x = self._trunk(*inputs)
+        return (self._branch(self.u_heads, self.u_final_layer, x),
+                self._branch(self.v_heads, self.v_final_layer, x))
 
     def u(self, *inputs):
         """The average velocity u alone."""
-        return self._u(*self._trunk(*inputs))
+        return self._branch(self.u_heads, self.u_final_layer, self._trunk(*inputs))
 
     def v(self, *inputs):
         """The velocity v alone."""
-        return self._v(*self._trunk(*inputs))
+        return self._branch(self.v_heads, self.v_final_layer, self._trunk(*inputs))
+
+    def compile(self, **options):
+        """torch.compile of each block, in place: what is made for one serves all."""
+        for block in (*self.shared_blocks, *self.u_heads, *(self.v_heads or ())):
+            block.compile(**options)
 
     def _trunk(self, x, h, omega, t_min, t_max, y):
-        x = torch.cat((
+        return self._run(self.shared_blocks, torch.cat((
             self.class_tokens + self.y_embedder(y)[:, None],
             self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],
             self.t_min_tokens + self.t_min_embedder(t_min)[:, None],
             self.t_max_tokens + self.t_max_embedder(t_max)[:, None],
             self.time_tokens + self.h_embedder(h)[:, None],
             self.x_embedder(x).flatten(2).transpose(1, 2),
-        ), 1)
+        ), 1))
+
+    def _run(self, blocks, x):
+        x, dx = forward_ad.unpack_dual(x)
         rotary = rotations(x.shape[1], self.head_dim, x.device)
-        return self._run(self.shared_blocks, x, rotary), rotary
-
-    def _run(self, blocks, x, rotary):
+        twice = self.checkpoint and torch.is_grad_enabled()  # activations are computed twice
         for block in blocks:
-            if self.checkpoint and torch.is_grad_enabled():  # activations are computed twice
-                x = checkpoint(block, x, rotary, use_reentrant=False)
-            else:
-                x = block(x, rotary)
-        return x
+            x, dx = (checkpoint(block, x, dx, rotary, use_reentrant=False) if twice
+                     else block(x, dx, rotary))
+        return x if dx is None else forward_ad.make_dual(x, dx)
 
-    def _u(self, x, rotary):
-        return self._branch(self.u_heads, self.u_final_layer, x, rotary)
-
-    def _v(self, x, rotary):
-        if self.v_heads is None:
+    def _branch(self, blocks, final_layer, x):
+        if blocks is None:
             raise ValueError("these weights have no v-head: they can sample, not train")
-        return self._branch(self.v_heads, self.v_final_layer, x, rotary)
-
-    def _branch(self, blocks, final_layer, x, rotary):
-        x = self._run(blocks, x, rotary)
         n, p = self.image_size // self.patch_size, self.patch_size
-        x = final_layer(x[:, -n * n:]).float()
+        x = final_layer(self._run(blocks, x)[:, -n * n:]).float()
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))  # (B, row, column, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -220,7 +226,7 @@ RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embeddi
 def from_official(state_dict, image_size=32):
     """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
 
-    Their files have no v-head; a complete state dict loads complete. Raises as from_state does.
+    Their files lack the v-head's blocks; a complete state dict loads complete. Raises as above.
     """
     state = {}
     for name, value in state_dict.items():

@@ -1,8 +1,8 @@
 """Draw images with a trained network, in one evaluation each.
 
     python sample.py                                           10 x 10 digits from out/last.pt
-    python sample.py --omega 1 2 4 8 --out omegas.png          one row for each guidance scale
-    python sample.py --classes 3 7 --num 1000 --out threes/    a folder of PNGs
+    python sample.py --omega 1 2 4 8 --out omegas.png          a row for each scale; so with --steps
+    python sample.py --classes 3 --num 1000 --out threes/      a folder of PNGs
     python sample.py iMF-XL-2.pth --classes 207 88             the authors' weights, with their VAE
     torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
@@ -71,16 +71,16 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank or dist.is_initialized() and not isinstance(error, Fault):
+        rank = os.environ.get("RANK", "0") != "0"
+        if rank or dist.is_initialized() and not isinstance(error, (Fault, OSError)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # if another process says why, torchrun ends us meanwhile
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             error = Fault("out of memory: in training --accum needs less, elsewhere a smaller size")
         if not isinstance(error, (Fault, OSError)):
             raise
-        newline = "\n" * bool(rank)  # rank 0 shows a bar
-        print(f"{newline}{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+        line = f"{os.path.basename(sys.argv[0])}: {error}"
+        print("\n" * rank + line, file=sys.stderr, flush=True)  # below the bar of rank 0
         sys.exit(2)
 
 def number(kind, low, high=10**12):
@@ -94,7 +94,10 @@ def number(kind, low, high=10**12):
 def join(name=None):
     """(device, rank, world): the device called `name`, or the best one here; under torchrun the
     number of this process, which joins the others, and how many they are. Raises Fault."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with blame("RANK and WORLD_SIZE, which torchrun sets"):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < world:
+            raise ValueError(f"{rank} of {world}")
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -102,8 +105,9 @@ def join(name=None):
         device = torch.empty(0, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():  # some wait long while others encode
-        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    if world > 1 and not dist.is_initialized():
+        with blame("cannot join the other processes"):  # some wait long while others encode
+            dist.init_process_group(timeout=datetime.timedelta(days=1))
     return device, rank, world
 
 def total(tensor):
@@ -125,15 +129,16 @@ def atomic(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        cause = error.__context__ or error  # torch.save hides a full disk behind its own error
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if isinstance(cause, OSError):
-            raise Fault(f"cannot write {path}: {cause.strerror}") from None
+            raise Fault(f"cannot write {path}: {cause.strerror or cause}") from None
         raise
 
 def files(folder):
     """All files below a folder, sorted, but for hidden ones. Raises Fault if there are none."""
     found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
-                   for name in names if name[0] != "." and os.path.isfile(f"{where}/{name}"))
+                   for name in names if "/." not in f"{where}/{name}"[len(str(folder)):]
+                   and os.path.isfile(f"{where}/{name}"))
     if not found:
         raise Fault(f"{folder}: no such folder, or an empty one")
     return found
@@ -158,7 +163,8 @@ def load_file(path):
             raise ValueError  # of the check sums, which torch.load does not compare
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        reason = getattr(error, "strerror", None) or "it is damaged or no checkpoint"
+        system = getattr(error, "filename", None)  # not torch, reading beyond the end
+        reason = error.strerror if system else "it is damaged or no checkpoint"
         raise Fault(f"cannot read {path}: {reason}") from None
 
 def load(path, device="cpu"):
@@ -184,7 +190,7 @@ class VAE:
     """
 
     def __init__(self, name, device="cpu"):
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # in the place of many lines of warnings
+        os.environ.update(HF_HUB_VERBOSITY="error", DIFFUSERS_VERBOSITY="critical")  # we say it
         warnings.filterwarnings("ignore", module="huggingface_hub")
         import diffusers  # takes seconds, and who draws pixels does not need it
         with blame(f"--vae {name} cannot be had, neither as a folder nor from the hub"):
@@ -193,8 +199,8 @@ class VAE:
         weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
         self.digest = hashlib.sha256(weights).hexdigest()
         channels, factor = net.config.latent_channels, 2 ** (len(net.config.block_out_channels) - 1)
-        if (channels, factor) != (4, 8):
-            raise Fault(f"--vae {name} has {channels} channels of 1/{factor} size, not 4 of 1/8")
+        if (net.config.in_channels, channels, factor) != (3, 4, 8):
+            raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, expected 4 at 1/8 of RGB")
         self.net = net.to(device).eval().requires_grad_(False)
         self.mean, self.std = LATENT_MEAN.to(device), LATENT_STD.to(device)
 
@@ -209,9 +215,10 @@ class VAE:
         return self.net.decode(x * self.std + self.mean).sample
 
 def options(parser):
-    """The flags of whatever draws images: of sample.py and fid.py."""
+    """The flags of whatever draws images."""
     flag = parser.add_argument
-    flag("--steps", type=number(int, 1, 1000), default=1, help="network evaluations per image")
+    flag("--steps", type=number(int, 1, 1000), nargs="+", metavar="N", default=[1],
+         help="network evaluations per image; default: 1")
     flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
     flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), action="append",
          help="the times at which guidance acts, within 0 1; may come again")
@@ -220,20 +227,20 @@ def options(parser):
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
 
 def prepare(path, args, device):
-    """(net, vae or None, [keyword arguments of imf.sample, ...]) of a checkpoint, as `options` say:
-    each omega with each interval, or what is advised. Raises Fault."""
+    """(net, vae or None, settings of imf.sample) of a checkpoint and what `options` read. The
+    settings: each number of steps with each omega and interval, or the advised. Raises Fault."""
     net, info = load(path, device)
     name = args.vae or info["vae"]
     if (name == "none") == (net.channels == 4):
         raise Fault(f"{path} draws {net.channels} channels: 4 need a --vae, others none")
-    advised = {} if name == "none" else ADVISED if args.steps == 1 else ADVISED_IN_STEPS
-    depth = len(net.shared_blocks) + len(net.u_heads)
-    omega, *interval = advised.get(depth, GUIDANCE)
-    for low, high in args.interval or []:
-        if low > high:
-            raise Fault(f"--interval {low} {high}: the lower end comes first")
-    settings = [dict(steps=args.steps, omega=omega, t_min=low, t_max=high)
-                for omega in args.omega or [omega] for low, high in args.interval or [interval]]
+    depth, settings = len(net.shared_blocks) + len(net.u_heads), []
+    for steps in args.steps:
+        advised = {} if name == "none" else ADVISED if steps == 1 else ADVISED_IN_STEPS
+        omega, *interval = advised.get(depth, GUIDANCE)
+        settings += [dict(steps=steps, omega=w, t_min=low, t_max=high)
+                     for w in args.omega or [omega] for low, high in args.interval or [interval]]
+    if any(row["t_min"] > row["t_max"] for row in settings):
+        raise Fault("--interval LO HI: the lower end comes first")
     return net, None if name == "none" else VAE(name, device), settings
 
 def generate(net, numbers, classes, seed=0, vae=None, **guidance):
@@ -311,9 +318,9 @@ def main():
     part = Path(f"{out}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.part")
     part.mkdir(parents=True, exist_ok=True)
     todo = [i for i in every[rank::world] if not (part / f"{i:06d}.png").exists()]
-    batches = (generate(net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row)
-               for k, row in enumerate(rows))
-    images = itertools.chain.from_iterable(itertools.chain.from_iterable(batches))
+    batches = (batch for k, row in enumerate(rows) for batch in generate(
+        net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row))
+    images = itertools.chain.from_iterable(batches)
     bar = tqdm(images, total=len(todo), unit=" images", disable=rank > 0)
     for image, i in zip(bar, todo):  # in this order the bar ends at 100 %
         with atomic(part / f"{i:06d}.png") as file:

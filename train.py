@@ -68,10 +68,8 @@ class Data(NamedTuple):
     source: str  # tells one data set from another
 
 def digits(n, seed=0):
-    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,).
-
-    Pillow's own font, varied in place, size, angle and stroke.
-    """
+    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
+    in Pillow's own font, varied in place, size, angle and stroke."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 12, 12), np.uint8)
@@ -96,22 +94,23 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def decode(paths, size):
-    """(the pictures among these files, uint8 (n, 3, size, size); which they are, bool)."""
+    """(the pictures in these files, uint8 (n, 3, size, size); which are pictures, bool (n,))."""
     images, good = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
     for i, path in enumerate(paths):
         with contextlib.suppress(Exception):  # damage may raise anything
             images[i] = np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
             good[i] = True
-    return images[good], good
+    return images, good
 
 SHARD = 2048  # images to a file of the cache, each of which stays open
 
-def open_shard(stem, dtype, shape):
-    """(images, labels) of a shard, memory-mapped; None unless it is there and undamaged."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        x, y = (np.load(f"{stem}.{part}.npy", "r", allow_pickle=False) for part in "xy")
-        if (x.shape, x.dtype, y.dtype) == ((len(y), *shape), dtype, np.int64):
-            return x, y
+def open_shard(stem, labels, dtype, shape):
+    """(images, memory-mapped, labels) of a shard; None unless it is there and undamaged."""
+    with contextlib.suppress(Exception):
+        x = np.load(f"{stem}.x.npy", "r", allow_pickle=False)
+        y = np.load(f"{stem}.y.npy", allow_pickle=False)
+        if (x.dtype, *x.shape[1:], y.dtype, y.shape) == (dtype, *shape, labels.dtype, x.shape[:1]):
+            return (x, y) if len(y) <= len(labels) and set(y) <= set(labels) else None
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     """The images of a folder of classes, or with a VAE their posteriors, as Data. Raises Fault.
@@ -127,44 +126,50 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     labels = np.repeat(np.arange(len(found)), [len(some) for some in found])
     source = hashlib.sha256(repr((size, vae and vae.digest)).encode())
     for path in paths:
-        facts = os.stat(path)
-        source.update(repr((path[len(folder):], facts.st_size, facts.st_mtime_ns)).encode())
-    source = source.hexdigest()
+        facts = os.path.relpath(path, folder), os.path.getsize(path), os.stat(path).st_mtime_ns
+        source.update(repr(facts).encode())
 
-    cache = Path(cache, source[:12])
+    cache = Path(cache, source.hexdigest()[:12])
     cache.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock = open(cache / ".lock", "w")  # until it is closed, at the end of this function
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another run that makes the same
+    sample.total(torch.zeros(1))  # all wait for rank 0
     kind = (np.float16, (8, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
-    parts = [slice(i, i + SHARD) for i in range(0, len(paths), SHARD)]
-    stems = [cache / f"{k:05d}" for k in range(len(parts))]
-    todo = [k for k in range(rank, len(parts), world) if not open_shard(stems[k], *kind)]
-    count = sum(len(paths[parts[k]]) for k in todo)
+    shards = [(cache / f"{i // SHARD:05d}", labels[i:i + SHARD], *kind)
+              for i in range(0, len(paths), SHARD)]
+    todo = [k for k in range(rank, len(shards), world) if not open_shard(*shards[k])]
+    count = sum(len(shards[k][1]) for k in todo)
     needed, free = count * size**2 * (0.25 if vae else 3), shutil.disk_usage(cache).free
-    if needed * min(world, len(parts)) > free:
+    if needed * min(world, len(shards)) > free:
         raise Fault(f"--cache {cache}: {needed / 1e6:.1f} MB a process, {free / 1e6:.1f} are free")
     workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    collate = functools.partial(decode, size=size)
+    load = functools.partial(DataLoader, batch_size=sample.GROUP, num_workers=workers,
+                             collate_fn=functools.partial(decode, size=size))
     with tqdm(total=count, desc="decoding", unit=" images", disable=rank > 0 or not todo) as bar:
         for k in todo:
+            stem, y, files = *shards[k][:2], paths[k * SHARD:(k + 1) * SHARD]
             x, good = [], []
-            for images, some in DataLoader(paths[parts[k]], sample.GROUP, num_workers=workers,
-                                           collate_fn=collate):
-                x.append(vae.encode(images) if vae else images)
+            for images, some in load(files):
+                x.append((vae.encode(images) if vae else images)[some])
                 good.append(some)
                 bar.update(len(some))
             good = np.concatenate(good)
             if not good.all():
-                bad = np.array(paths[parts[k]])[~good]
+                bad = np.array(files)[~good]
                 bar.write(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", sys.stderr)
-            for what, values in (("x", np.concatenate(x)), ("y", labels[parts[k]][good])):
-                with sample.atomic(f"{stems[k]}.{what}.npy") as file:
+            for what, values in (("x", np.concatenate(x)), ("y", y[good])):
+                with sample.atomic(f"{stem}.{what}.npy") as file:
                     np.save(file, values)
-    sample.total(torch.zeros(1))  # all wait for all
-    shards, found = zip(*(open_shard(stem, *kind) for stem in stems))
+    sample.total(torch.zeros(1))
+    with sample.blame(f"--cache {cache}: not all of it can be opened"):
+        images, found = zip(*(open_shard(*shard) for shard in shards))
     found = np.concatenate(found)
     bad = len(paths) - len(found)
     if set(found) != set(labels) or bad > max(10, len(paths) // 100):
-        raise Fault(f"--data {folder}: {bad} of {len(paths)} files are no images, or a whole class")
-    return Data(ConcatDataset(shards), found, len(classes), source)
+        raise Fault(f"--data {folder}: {bad} of {len(paths)} files are no images, or a whole class "
+                    f"(to try them again, remove {cache})")
+    return Data(ConcatDataset(images), found, len(classes), source.hexdigest())
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
@@ -194,7 +199,7 @@ def arguments():
     flag = p.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
-    flag("--image-size", type=COUNT, metavar="N", help="for --data; default: 32, of latents 256")
+    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="32, of latents 256")
     flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
     flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
@@ -204,6 +209,7 @@ def arguments():
              help=f"{text} (tiny: {tiny}, else: {paper})")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, in turn")
     flag("--checkpoint", action="store_true", help="compute activations twice, to save memory")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
@@ -213,8 +219,9 @@ def arguments():
     flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
     args = p.parse_args()
     args.vae = args.vae or (sample.VAE_NAME if args.data and args.model != "tiny" else "none")
-    if args.vae != "none" and not args.data:
-        raise Fault(f"--vae {args.vae}: the digits are no latents; it needs --data")
+    if not args.data and (args.image_size or args.vae != "none"):
+        raise Fault("--image-size and --vae need --data: the digits are 12 x 12 pixels")
+    os.stat(args.init or os.curdir)  # before hours of encoding
     args.image_size = args.image_size or (32 if args.vae == "none" else 256)
     patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
     if args.data and args.image_size % patch:
@@ -237,13 +244,13 @@ def resume(path, settings, net, ema, optimizer):
     saved = sample.load_file(path)
     with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
-            if saved["settings"][key] != value:
+            if key != "vae" and saved["settings"][key] != value:  # source tells VAEs apart
                 what = "other data" if key == "source" else (
                     f"--{key.replace('_', '-')} {saved['settings'][key]}, not {value}")
                 raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
         for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(saved.pop(name))
-        return [len(range(saved[name])) for name in ("step", "skipped", "logged")]
+        return [int.__index__(saved[name]) for name in ("step", "skipped", "logged")]
 
 def peak_memory(device):
     """In GB: of the GPU where there is one, else of the process."""
@@ -266,7 +273,7 @@ def main():
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
     vae = None if args.vae == "none" else sample.VAE(args.vae, device)
     if args.data:
-        cache = f"{os.path.normpath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
+        cache = f"{os.path.abspath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
         data = folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world)
     else:
         images, labels = digits(20_000)
@@ -287,6 +294,8 @@ def main():
     net.checkpoint = args.checkpoint
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        net.compile()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     optimizer = torch.optim.AdamW(
         net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -353,8 +362,8 @@ def main():
             else:
                 skipped, streak = skipped + 1, streak + 1
                 if streak == 20:
-                    raise Fault(f"step {step + 1}: no finite gradient for 20 steps. The last "
-                                f"checkpoint stays in {out}; try a lower --lr in another --out")
+                    raise Fault(f"step {step + 1}: no finite gradient for 20 steps, none of them "
+                                f"saved in {out}; try a lower --lr in another --out")
             optimizer.zero_grad()
             step += 1
             bar.update()
