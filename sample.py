@@ -200,7 +200,7 @@ class VAE:
         self.digest = hashlib.sha256(weights).hexdigest()
         channels, factor = net.config.latent_channels, 2 ** (len(net.config.block_out_channels) - 1)
         if (net.config.in_channels, channels, factor) != (3, 4, 8):
-            raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, expected 4 at 1/8 of RGB")
+            raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, not 4 at 1/8 of RGB")
         self.net = net.to(device).eval().requires_grad_(False)
         self.mean, self.std = LATENT_MEAN.to(device), LATENT_STD.to(device)
 
