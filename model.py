@@ -24,13 +24,12 @@ def rotations(n, dim, device):
 
 def rotate(x, rotary):
     """Rotary embedding of x (..., n, dim): the pairs (0, 1), (2, 3), ... turn by their angles."""
-    x_ = x.float().unflatten(-1, (-1, 2))
+    x = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # complex numbers are quicker, but no code is made for them
-        (a, b), (cos, sin) = x_.unbind(-1), rotary.unbind(-1)
-        x_ = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    else:
-        x_ = torch.view_as_real(torch.view_as_complex(x_) * torch.view_as_complex(rotary))
-    return x_.flatten(-2).type_as(x)
+        cos, sin = rotary.split(1, -1)
+        return (x * cos + x.flip(-1) * torch.cat((-sin, sin), -1)).flatten(-2)
+    x = torch.view_as_complex(x) * torch.view_as_complex(rotary)
+    return torch.view_as_real(x).flatten(-2)
 
 class Linear(nn.Linear):
     """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
@@ -40,19 +39,28 @@ class Linear(nn.Linear):
         Wx = super().forward(x)
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, written out where it is not the quickest (compiled) or has no JVP (on CUDA)."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is None:
+            return super().forward(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
 class Attention(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out_proj = Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
 
     def forward(self, x, rotary):
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, head_dim)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                   for part in self.qkv_proj(x).chunk(3, -1))  # each (B, heads, n, head_dim)
+        q = rotate(self.q_norm(q.float()), rotary).type_as(v)
+        k = rotate(self.k_norm(k.float()), rotary).type_as(v)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
@@ -70,9 +78,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm1 = RMSNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(hidden_size, eps=1e-6)
         self.mlp = SwiGLU(hidden_size)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
@@ -106,7 +114,7 @@ class ScalarEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size, out_features):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = RMSNorm(hidden_size, eps=1e-6)
         self.linear = Linear(hidden_size, out_features)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

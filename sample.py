@@ -6,22 +6,11 @@
     python sample.py iMF-XL-2.pth --classes 207 88             the authors' weights, with their VAE
     torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
-Image i is made from noise that depends on (seed, i) alone: neither the number of images or of
-processes nor their order changes it.
+Image i depends on (seed, i) alone, not on the number of images or of processes.
 """
 
-import argparse
-import contextlib
-import datetime
-import hashlib
-import itertools
-import os
-import shutil
-import signal
-import sys
-import time
-import warnings
-import zipfile
+import argparse, contextlib, datetime, glob, hashlib, itertools, os, shutil, signal, sys, time
+import warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +29,9 @@ ADVISED = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48:
 ADVISED_IN_STEPS = {**ADVISED, 48: (4.0, 0.36, 0.64)}
 
 # The paper's VAE; the mean and the deviation of each channel of its latents of ImageNet.
-VAE_NAME = "stabilityai/sd-vae-ft-mse"
+VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
 LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
-
-GROUP = 8  # images at a time, always: results of other sizes would be rounded differently
 
 class Fault(Exception):
     """Something that the user can mend: one line that names it, what was expected and the cure."""
@@ -71,17 +58,14 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        rank = os.environ.get("RANK", "0") != "0"
-        if rank or dist.is_initialized() and not isinstance(error, (Fault, OSError)):
+        known = isinstance(error, (Fault, OSError, MemoryError, torch.OutOfMemoryError))
+        if os.environ.get("RANK", "0") != "0" or dist.is_initialized() and not known:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # if another process says why, torchrun ends us meanwhile
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            error = Fault("out of memory: in training --accum needs less, elsewhere a smaller size")
-        if not isinstance(error, (Fault, OSError)):
-            raise
-        line = f"{os.path.basename(sys.argv[0])}: {error}"
-        print("\n" * rank + line, file=sys.stderr, flush=True)  # below the bar of rank 0
-        sys.exit(2)
+        if known:
+            print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
+            sys.exit(2)
+        raise
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
@@ -92,19 +76,19 @@ def number(kind, low, high=10**12):
     return number
 
 def join(name=None):
-    """(device, rank, world): the device called `name`, or the best one here; under torchrun the
-    number of this process, which joins the others, and how many they are. Raises Fault."""
-    with blame("RANK and WORLD_SIZE, which torchrun sets"):
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if not 0 <= rank < world:
-            raise ValueError(f"{rank} of {world}")
+    """(device, rank, world): the device called `name`, or the best one here; the number of this
+    process, which joins the others of a torchrun, and how many they are. Raises Fault."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with blame(f"--device {name}"):
-        device = torch.empty(0, device=name).device
-    if device.type == "cuda":
+        device = torch.empty(0, device=f"cuda:{local}" if name == "cuda" else name).device
+    if device.type == "cuda":  # the same run twice is the same, bit for bit
         torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         with blame("cannot join the other processes"):  # some wait long while others encode
             dist.init_process_group(timeout=datetime.timedelta(days=1))
@@ -119,53 +103,41 @@ def total(tensor):
 @contextlib.contextmanager
 def atomic(path):
     """Opens a temporary file that becomes `path` if the block succeeds and is removed otherwise."""
-    temporary = Path(f"{path}.tmp")
+    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with blame(f"cannot write {path}"), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
+        os.replace(temporary, path)
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
-        if isinstance(cause, OSError):
-            raise Fault(f"cannot write {path}: {cause.strerror or cause}") from None
-        raise
+            os.unlink(temporary)
 
 def files(folder):
     """All files below a folder, sorted, but for hidden ones. Raises Fault if there are none."""
-    found = sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
-                   for name in names if "/." not in f"{where}/{name}"[len(str(folder)):]
-                   and os.path.isfile(f"{where}/{name}"))
-    if not found:
-        raise Fault(f"{folder}: no such folder, or an empty one")
-    return found
+    pattern = os.path.join(glob.escape(str(folder)), "**")
+    if found := sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True))):
+        return found
+    raise Fault(f"{folder}: no such folder, or an empty one")
 
 def open_image(path):
-    """A picture as PIL RGB: 16 bits become 8, what is transparent white. It may raise anything."""
+    """A picture of 8 bits as PIL RGB, converted as in ADM. It may raise anything."""
     with Image.open(path) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError("black and white are anyone's guess")
-        if image.mode.startswith("I;16"):  # Pillow would clip it
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits")
         return image.convert("RGB")
 
 def load_file(path):
     """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
+    os.stat(path)
     try:
         zipped = zipfile.is_zipfile(path)  # all but very old files
         if zipped and zipfile.ZipFile(path).testzip():
             raise ValueError  # of the check sums, which torch.load does not compare
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:
-        system = getattr(error, "filename", None)  # not torch, reading beyond the end
-        reason = error.strerror if system else "it is damaged or no checkpoint"
-        raise Fault(f"cannot read {path}: {reason}") from None
+    except Exception:
+        raise Fault(f"cannot read {path}: it is damaged or no checkpoint") from None
 
 def load(path, device="cpu"):
     """(net, info) from our own checkpoint (its EMA weights) or from the authors' released weights.
@@ -178,41 +150,23 @@ def load(path, device="cpu"):
             info = {"vae": "none", **saved["settings"], "step": saved["step"]}
             net = model.from_state(saved["ema"], int.__index__(info["image_size"]))
         else:
-            net, info = model.from_official(saved), {"vae": VAE_NAME}
+            net, info = model.from_official(saved), {"vae": VAE}
         if not all(p.isfinite().all() for p in net.parameters()):
             raise ValueError("some of its weights are not finite")
         return net.to(device).eval(), info
 
-class VAE:
-    """Images (B, 3, 8 h, 8 w) to latents (B, 4, h, w) and back: an AutoencoderKL. Raises Fault.
-
-    name: a folder or a model on the Hugging Face hub, with safetensors; digest: of its weights.
-    """
-
-    def __init__(self, name, device="cpu"):
-        os.environ.update(HF_HUB_VERBOSITY="error", DIFFUSERS_VERBOSITY="critical")  # we say it
-        warnings.filterwarnings("ignore", module="huggingface_hub")
-        import diffusers  # takes seconds, and who draws pixels does not need it
-        with blame(f"--vae {name} cannot be had, neither as a folder nor from the hub"):
-            net = diffusers.AutoencoderKL.from_pretrained(
-                name, use_safetensors=True, low_cpu_mem_usage=False)
-        weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
-        self.digest = hashlib.sha256(weights).hexdigest()
-        channels, factor = net.config.latent_channels, 2 ** (len(net.config.block_out_channels) - 1)
-        if (net.config.in_channels, channels, factor) != (3, 4, 8):
-            raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, not 4 at 1/8 of RGB")
-        self.net = net.to(device).eval().requires_grad_(False)
-        self.mean, self.std = LATENT_MEAN.to(device), LATENT_STD.to(device)
-
-    def encode(self, images):
-        """The posteriors of uint8 (B, 3, 8 h, 8 w): mean and deviation, float16 (B, 8, h, w)."""
-        images = torch.from_numpy(images).to(self.mean.device) / 127.5 - 1
-        posterior = self.net.encode(images).latent_dist
-        return torch.cat((posterior.mean, posterior.std), 1).half().cpu().numpy()
-
-    def decode(self, x):
-        """The images of normalised latents x, in [-1, 1]."""
-        return self.net.decode(x * self.std + self.mean).sample
+def load_vae(name, device="cpu"):
+    """An AutoencoderKL of diffusers, a folder or on the hub, in safetensors. Raises Fault."""
+    os.environ.update(HF_HUB_VERBOSITY="error", DIFFUSERS_VERBOSITY="critical")  # we say it
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+    import diffusers  # takes seconds, and who draws pixels does not need it
+    with blame(f"--vae {name} cannot be had, neither as a folder nor from the hub"):
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            name, use_safetensors=True, low_cpu_mem_usage=False)
+    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if (vae.config.in_channels, channels, factor) != (3, 4, 8):
+        raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, not 4 at 1/8 of RGB")
+    return vae.to(device).eval().requires_grad_(False)
 
 def options(parser):
     """The flags of whatever draws images."""
@@ -241,50 +195,36 @@ def prepare(path, args, device):
                      for w in args.omega or [omega] for low, high in args.interval or [interval]]
     if any(row["t_min"] > row["t_max"] for row in settings):
         raise Fault("--interval LO HI: the lower end comes first")
-    return net, None if name == "none" else VAE(name, device), settings
+    return net, None if name == "none" else load_vae(name, device), settings
 
 def generate(net, numbers, classes, seed=0, vae=None, **guidance):
-    """Yields batches of images, uint8 (b, C, H, W): number i is of class classes[i % len(classes)].
+    """Yields batches of images, uint8 (b, 3, H, W): number i is of class classes[i % len(classes)].
 
-    vae: the VAE of one that draws latents. guidance: steps, omega, t_min, t_max of imf.sample.
+    vae: of a net that draws latents. guidance: steps, omega, t_min, t_max of imf.sample.
     """
     device = next(net.parameters()).device
+    group = 8 if device.type == "cpu" else 64  # always: other sizes would be rounded differently
     shape = net.channels, net.image_size, net.image_size
-    for start in range(0, len(numbers), GROUP):
-        part = numbers[start:start + GROUP]
-        full = [*part, *[part[0]] * (GROUP - len(part))]
+    for start in range(0, len(numbers), group):
+        part = numbers[start:start + group]
+        full = [*part, *[part[0]] * (group - len(part))]
         noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in full]
         y = torch.tensor([classes[i % len(classes)] for i in full], device=device)
         x = imf.sample(net, torch.from_numpy(np.stack(noise)).to(device), y, **guidance)
-        x = vae.decode(x) if vae else x
-        yield (x * 127.5 + 127.5).round().clamp(0, 255).byte()[:len(part)].cpu().numpy()
+        if vae:  # 8 at a time, which bounds the memory
+            x = x * LATENT_STD.to(device) + LATENT_MEAN.to(device)
+            x = torch.cat([vae.decode(some).sample for some in x.split(8)])
+        x = (x[:len(part)].expand(-1, 3, -1, -1) * 127.5 + 127.5).round().clamp(0, 255)
+        yield x.byte().cpu().numpy()
 
-def picture(image):
-    """A PIL image of uint8 (C, H, W); grey for C = 1."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-
-def write_sheet(path, pictures, columns):
-    """One PNG of a list of PIL images, row by row; small ones are enlarged."""
-    size = pictures[0].width * max(1, 64 // pictures[0].width)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (size + 2) - 2, rows * (size + 2) - 2))
-    for i, tile in enumerate(pictures):
-        place = i % columns * (size + 2), i // columns * (size + 2)
-        sheet.paste(tile.resize((size, size), Image.NEAREST), place)
+def write_sheet(path, images, columns):
+    """One PNG of images uint8 (N, H, W, 3), row by row; small ones are enlarged."""
+    zoom = max(1, 64 // images.shape[2])
+    images = np.pad(images, ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)))
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)
+    sheet = rows.reshape(-1, columns * rows.shape[3], 3).repeat(zoom, 0).repeat(zoom, 1)
     with atomic(path) as file:
-        sheet.save(file, "PNG")
-
-def write_npz(path, pictures, labels):
-    """arr_0 uint8 (N, H, W, 3), written as it comes, and arr_1 the labels: the format of ADM."""
-    first = next(pictures)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.size[::-1], 3)}
-    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for image in tqdm(itertools.chain([first], pictures), "packing", len(labels)):
-                member.write(image.tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels)
+        Image.fromarray(sheet).save(file, "PNG")
 
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,20 +235,15 @@ def main():
     p.add_argument("--out", metavar="FILE.png|FOLDER|FILE.npz",
                    help="default: samples.png by the checkpoint")
     args = p.parse_args()
-
     device, rank, world = join(args.device)
     net, vae, rows = prepare(args.checkpoint, args, device)
-    classes = args.classes or list(range(net.num_classes))
+    classes = args.classes or range(net.num_classes)
     num = args.num or (100 if len(rows) == 1 else 10)
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    kind = "" if out.is_dir() or (args.out or "").endswith("/") else out.suffix.lower()
-    every = range(num * len(rows))
-    if kind not in (".png", ".npz", ""):
-        raise Fault(f"--out {out}: end it in .png or .npz, or a folder's name in /")
-    if kind == ".png" and len(every) > 10_000:
+    if out.suffix not in (".png", ".npz", "") or not out.suffix and out.exists():
+        raise Fault(f"--out {out}: expected a name in .png or .npz, or that of a new folder")
+    if out.suffix == ".png" and num * len(rows) > 10_000:
         raise Fault("a sheet holds at most 10,000 images: let --out be a folder or end in .npz")
-    if not kind and out.exists() and any(out.iterdir()):
-        raise Fault(f"{out} holds something already: remove it or choose another --out")
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
 
@@ -317,21 +252,28 @@ def main():
     key = repr((file.st_size, file.st_mtime_ns, args.vae, rows, classes, args.seed, num))
     part = Path(f"{out}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.part")
     part.mkdir(parents=True, exist_ok=True)
-    todo = [i for i in every[rank::world] if not (part / f"{i:06d}.png").exists()]
+    paths = [part / f"{i:06d}.png" for i in range(num * len(rows))]
+    todo = [i for i in range(len(paths))[rank::world] if not paths[i].exists()]
     batches = (batch for k, row in enumerate(rows) for batch in generate(
         net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row))
     images = itertools.chain.from_iterable(batches)
     bar = tqdm(images, total=len(todo), unit=" images", disable=rank > 0)
     for image, i in zip(bar, todo):  # in this order the bar ends at 100 %
-        with atomic(part / f"{i:06d}.png") as file:
-            picture(image).save(file, "PNG")
+        with atomic(paths[i]) as file:
+            Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
     total(torch.zeros(1))
     if rank == 0:
-        pictures = (Image.open(part / f"{i:06d}.png").convert("RGB") for i in every)
-        if kind == ".png":
-            write_sheet(out, list(pictures), 10 if len(rows) == 1 else num)
-        elif kind == ".npz":
-            write_npz(out, pictures, np.array([classes[i % num % len(classes)] for i in every]))
+        pictures = (np.array(Image.open(path)) for path in paths)
+        if out.suffix == ".png":
+            write_sheet(out, np.stack(list(pictures)), 10 if len(rows) == 1 else num)
+        elif out.suffix == ".npz":  # as ADM has it: images (N, H, W, 3), labels (N,)
+            shape = len(paths), *np.array(Image.open(paths[0])).shape
+            x = np.lib.format.open_memmap(part / "x", "w+", np.uint8, shape)
+            for k, image in enumerate(tqdm(pictures, "packing", len(paths))):
+                x[k] = image
+            y = [classes[i % num % len(classes)] for i in range(len(paths))]
+            with atomic(out) as file:
+                np.savez(file, arr_0=x, arr_1=y)
         else:
             part.replace(out)
         shutil.rmtree(part, ignore_errors=True)

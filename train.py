@@ -10,32 +10,19 @@ same command goes on where it stopped, and ends in the same weights as if it nev
 number of processes, and any --accum, trains the same model.
 """
 
-import argparse
-import contextlib
-import copy
-import fcntl
-import functools
-import hashlib
-import itertools
-import json
-import math
-import os
-import resource
-import shutil
-import signal
-import sys
-import time
+import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, resource, shutil
+import signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+import fid
 import imf
 import model
 import sample
@@ -59,13 +46,6 @@ RECIPES = {
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
 SETTINGS = ("model", "vae", "batch_size", "lr", "warmup", "cooldown", "ema", "t_mean", "t_std",
             "norm_eps", "tangent", "precision", "seed")
-
-class Data(NamedTuple):
-    """The images that one trains on."""
-    images: Sequence  # of uint8 (C, H, W), or a VAE's posteriors: float16 (8, h, w), mean and std
-    labels: np.ndarray  # (N,)
-    num_classes: int
-    source: str  # tells one data set from another
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
@@ -94,95 +74,85 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def decode(paths, size):
-    """(the pictures in these files, uint8 (n, 3, size, size); which are pictures, bool (n,))."""
-    images, good = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
+    """The pictures in these files, uint8 (n, 3, size, size), and which are none, bool (n,)."""
+    images, bad = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
     for i, path in enumerate(paths):
-        with contextlib.suppress(Exception):  # damage may raise anything
+        try:
             images[i] = np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
-            good[i] = True
-    return images, good
-
-SHARD = 2048  # images to a file of the cache, each of which stays open
-
-def open_shard(stem, labels, dtype, shape):
-    """(images, memory-mapped, labels) of a shard; None unless it is there and undamaged."""
-    with contextlib.suppress(Exception):
-        x = np.load(f"{stem}.x.npy", "r", allow_pickle=False)
-        y = np.load(f"{stem}.y.npy", allow_pickle=False)
-        if (x.dtype, *x.shape[1:], y.dtype, y.shape) == (dtype, *shape, labels.dtype, x.shape[:1]):
-            return (x, y) if len(y) <= len(labels) and set(y) <= set(labels) else None
+        except Exception:  # damage may raise anything
+            bad[i] = True
+    return images, bad
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """The images of a folder of classes, or with a VAE their posteriors, as Data. Raises Fault.
+    """(images, labels, number of classes, a hash of all) of a folder of classes. Raises Fault.
 
-    They are mapped from files in `cache`, which all processes make, each every world-th; what was
-    interrupted is completed. Another size, VAE or file in the folder leads to another sub-folder.
+    Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std.
+    They are mapped from a file below `cache`, which the processes of the first node fill; what was
+    interrupted is completed. Another size, VAE or file in the folder leads to another cache.
     """
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    if not classes:
-        raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
     found = [sample.files(os.path.join(folder, name)) for name in classes]
+    if not found:
+        raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
     paths = list(itertools.chain.from_iterable(found))
     labels = np.repeat(np.arange(len(found)), [len(some) for some in found])
-    source = hashlib.sha256(repr((size, vae and vae.digest)).encode())
+    source = hashlib.sha256(str(size).encode())
+    for weight in vae.parameters() if vae else ():
+        source.update(weight.cpu().numpy())
     for path in paths:
         facts = os.path.relpath(path, folder), os.path.getsize(path), os.stat(path).st_mtime_ns
         source.update(repr(facts).encode())
 
     cache = Path(cache, source.hexdigest()[:12])
-    cache.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock = open(cache / ".lock", "w")  # until it is closed, at the end of this function
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another run that makes the same
+    if rank == 0 and not cache.exists():
+        fresh = Path(f"{cache}.tmp")
+        fresh.mkdir(parents=True, exist_ok=True)
+        needed, free = len(paths) * size**2 * (0.25 if vae else 3), shutil.disk_usage(fresh).free
+        if needed > free:
+            raise Fault(f"--cache {cache}: needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} are free")
+        x = (np.float16, (8, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
+        np.lib.format.open_memmap(fresh / "x.npy", "w+", x[0], (len(paths), *x[1]))
+        np.lib.format.open_memmap(fresh / "y.npy", "w+", int, (len(paths),))  # label + 1; bad: -1
+        fresh.replace(cache)
     sample.total(torch.zeros(1))  # all wait for rank 0
-    kind = (np.float16, (8, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
-    shards = [(cache / f"{i // SHARD:05d}", labels[i:i + SHARD], *kind)
-              for i in range(0, len(paths), SHARD)]
-    todo = [k for k in range(rank, len(shards), world) if not open_shard(*shards[k])]
-    count = sum(len(shards[k][1]) for k in todo)
-    needed, free = count * size**2 * (0.25 if vae else 3), shutil.disk_usage(cache).free
-    if needed * min(world, len(shards)) > free:
-        raise Fault(f"--cache {cache}: {needed / 1e6:.1f} MB a process, {free / 1e6:.1f} are free")
-    workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    load = functools.partial(DataLoader, batch_size=sample.GROUP, num_workers=workers,
-                             collate_fn=functools.partial(decode, size=size))
-    with tqdm(total=count, desc="decoding", unit=" images", disable=rank > 0 or not todo) as bar:
-        for k in todo:
-            stem, y, files = *shards[k][:2], paths[k * SHARD:(k + 1) * SHARD]
-            x, good = [], []
-            for images, some in load(files):
-                x.append((vae.encode(images) if vae else images)[some])
-                good.append(some)
-                bar.update(len(some))
-            good = np.concatenate(good)
-            if not good.all():
-                bad = np.array(files)[~good]
-                bar.write(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", sys.stderr)
-            for what, values in (("x", np.concatenate(x)), ("y", y[good])):
-                with sample.atomic(f"{stem}.{what}.npy") as file:
-                    np.save(file, values)
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parts = [slice(i, i + 8) for i in range(0, len(paths), 8)]  # always 8, for the VAE's rounding
+    with sample.blame(f"{cache} is damaged, remove it"):
+        y = np.load(cache / "y.npy", "r+", allow_pickle=False)
+        todo = [part for part in parts if not y[part].all()][rank::node] if rank < node else []
+        x = np.load(cache / "x.npy", "r+" if todo else "r", allow_pickle=False)
+    load = DataLoader([paths[part] for part in todo], batch_size=None,
+                      num_workers=os.cpu_count() // node if todo else 0,
+                      collate_fn=functools.partial(decode, size=size))
+    bar = tqdm(todo, "decoding", unit=" images", unit_scale=8, disable=rank > 0 or not todo)
+    for part, (images, bad) in zip(bar, load):
+        if vae:
+            pixels = torch.from_numpy(images).to(vae.device) / 127.5 - 1
+            posterior = vae.encode(pixels).latent_dist
+            images = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
+        x[part] = images
+        y[part] = np.where(bad, -1, labels[part] + 1)
     sample.total(torch.zeros(1))
-    with sample.blame(f"--cache {cache}: not all of it can be opened"):
-        images, found = zip(*(open_shard(*shard) for shard in shards))
-    found = np.concatenate(found)
-    bad = len(paths) - len(found)
-    if set(found) != set(labels) or bad > max(10, len(paths) // 100):
-        raise Fault(f"--data {folder}: {bad} of {len(paths)} files are no images, or a whole class "
-                    f"(to try them again, remove {cache})")
-    return Data(ConcatDataset(images), found, len(classes), source.hexdigest())
+    good, bad = np.flatnonzero(y > 0), [paths[i] for i in np.flatnonzero(y < 0)]
+    if bad and rank == 0:
+        print(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
+    if len(bad) > max(10, len(paths) // 100) or len(set(y[good])) < len(classes):
+        raise Fault(f"--data {folder}: {len(bad)} of {len(paths)} files are no images, or a whole "
+                    f"class (to try them again, remove {cache})")
+    return Subset(x, good), y[good] - 1, len(classes), source.hexdigest()
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
-def batch(data, args, rank, world, step):
+def batch(images, labels, args, rank, world, step):
     """Every world-th sample of batch number `step`: x, y and their draws, from (seed, step) alone.
 
     x are pixels in [-1, 1], or a fresh draw of each latent, normalised.
     """
-    n, B, mine = len(data.labels), args.batch_size, slice(rank, None, world)
+    n, B, mine = len(labels), args.batch_size, slice(rank, None, world)
     i = [order(n, args.seed, k // n)[k % n] for k in range(step * B, (step + 1) * B)[mine]]
-    x = torch.from_numpy(np.stack([data.images[k] for k in i]))
+    x = torch.from_numpy(np.stack([images[k] for k in i]))
     seed = np.random.SeedSequence((args.seed, step)).generate_state(1)
     generator = torch.Generator().manual_seed(int(seed[0]))
     if x.dtype == torch.uint8:
@@ -192,7 +162,7 @@ def batch(data, args, rank, world, step):
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)
         x = (mean + std * noise[mine] - sample.LATENT_MEAN) / sample.LATENT_STD
     draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
-    return x, torch.from_numpy(data.labels[i]), imf.Draws(*(d[mine] for d in draws))
+    return x, torch.from_numpy(labels[i]), imf.Draws(*(d[mine] for d in draws))
 
 def arguments():
     p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,8 +187,12 @@ def arguments():
     flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50")
     flag("--save-every", type=COUNT, default=500, metavar="N", help="checkpoint; default: 500")
     flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
+    flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics, and IS")
+    flag("--fid-every", type=COUNT, default=5000, metavar="N", help="default: 5000")
+    flag("--fid-num", type=number(int, 2), default=10_000, metavar="N", help="default: 10000")
+    flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
     args = p.parse_args()
-    args.vae = args.vae or (sample.VAE_NAME if args.data and args.model != "tiny" else "none")
+    args.vae = args.vae or (sample.VAE if args.data and args.model != "tiny" else "none")
     if not args.data and (args.image_size or args.vae != "none"):
         raise Fault("--image-size and --vae need --data: the digits are 12 x 12 pixels")
     os.stat(args.init or os.curdir)  # before hours of encoding
@@ -226,82 +200,68 @@ def arguments():
     patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
     if args.data and args.image_size % patch:
         raise Fault(f"--image-size {args.image_size} is no multiple of {patch}, the patch's size")
+    args.batch_size = args.batch_size or RECIPES["batch_size"][args.model != "tiny"]
     return args
-
-def initialise(net, path):
-    """Begins with the weights of a checkpoint, our own or the authors'. Raises Fault.
-
-    Released weights have no v-head: where r = t it should equal u, so it is a copy of the u-head.
-    """
-    start, _ = sample.load(path)
-    if start.v_heads is None:
-        start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
-    with sample.blame(f"--init {path} does not fit"):
-        net.load_state_dict(start.state_dict())
 
 def resume(path, settings, net, ema, optimizer):
     """Loads a checkpoint into the three; returns (step, skipped, logged). Raises Fault."""
     saved = sample.load_file(path)
     with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
         for key, value in settings.items():
-            if key != "vae" and saved["settings"][key] != value:  # source tells VAEs apart
-                what = "other data" if key == "source" else (
-                    f"--{key.replace('_', '-')} {saved['settings'][key]}, not {value}")
-                raise Fault(f"{path} was made with {what}: keep to that, or choose another --out")
+            if key != "vae" and saved["settings"][key] != value:  # data's hash tells VAEs apart
+                flag = f"--{key.replace('_', '-')} {saved['settings'][key]}"
+                raise Fault(f"{path} was made with {flag}, not {value}: choose another --out")
         for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
             part.load_state_dict(saved.pop(name))
         return [int.__index__(saved[name]) for name in ("step", "skipped", "logged")]
 
-def peak_memory(device):
-    """In GB: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
-
 def main():
     args = arguments()
     device, rank, world = sample.join(args.device)
-    if device.type == "cuda":  # the same run twice is the same, bit for bit
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_float32_matmul_precision("high")
-    args.batch_size = args.batch_size or RECIPES["batch_size"][args.model != "tiny"]
+    cuda = device.type == "cuda"
     if args.batch_size % (args.accum * world):
         raise Fault(f"--batch-size {args.batch_size} is no multiple of --accum {args.accum} times "
                     f"{world}, the number of processes")
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
-    vae = None if args.vae == "none" else sample.VAE(args.vae, device)
+    args.precision = args.precision or ("bf16" if cuda else "float32")
+    if args.fid_ref:
+        reference, _ = next(fid.stored(args.fid_ref))
+        if not reference:
+            raise Fault(f"--fid-ref {args.fid_ref} has no mu, sigma: fid.py FOLDER --save makes them")
+        inception = fid.Inception(args.inception).to(device)
+    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
+    images, labels, num_classes, source = *digits(20_000), 10, "digits"
     if args.data:
         cache = f"{os.path.abspath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
-        data = folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world)
-    else:
-        images, labels = digits(20_000)
-        data = Data(images, labels, 10, "digits")
+        images, labels, num_classes, source = folder_data(
+            args.data, args.image_size, args.cache or cache, vae, rank, world)
     for name, recipe in RECIPES.items():
         value = recipe[args.model != "tiny"]
         if isinstance(value, str):  # so many epochs
-            value = math.ceil(int(value.split()[0]) * len(data.labels) / args.batch_size)
+            value = math.ceil(int(value.split()[0]) * len(labels) / args.batch_size)
         if getattr(args, name) is None:
             setattr(args, name, value)
 
     torch.manual_seed(args.seed)
-    channels, image_size, _ = data.images[0].shape
-    net = model.DiT(image_size, channels // 2 if vae else channels, data.num_classes,
-                    **model.MODELS[args.model])
+    channels, image_size, _ = images[0].shape
+    sizes = model.MODELS[args.model]
+    net = model.DiT(image_size, channels // 2 if vae else channels, num_classes, **sizes)
     if args.init:
-        initialise(net, args.init)
+        start, _ = sample.load(args.init)
+        if start.v_heads is None:  # as released: where r = t it should equal u, so it is a copy
+            start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
+        with sample.blame(f"--init {args.init} does not fit"):
+            net.load_state_dict(start.state_dict())
     net.checkpoint = args.checkpoint
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    if device.type == "cuda" if args.compile is None else args.compile:
+    if cuda if args.compile is None else args.compile:
         net.compile()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     optimizer = torch.optim.AdamW(
         net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     out, journal = Path(args.out), Path(args.out, "log.jsonl")
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"source": data.source}
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
     settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
@@ -316,24 +276,17 @@ def main():
             file.writelines(records[:logged])  # what came after the checkpoint runs again
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
-    def save():
-        with sample.atomic(out / "last.pt") as file:
-            torch.save({"step": step, "skipped": skipped, "logged": logged, "settings": settings,
-                        "net": net.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file)
-
-    def draw_sheet():  # from the same noise each time: in one step above, in two below
-        classes = np.linspace(0, data.num_classes - 1, min(10, data.num_classes)).astype(int)
-        images = [image for steps in (1, 2) for image in sample.generate(
-            ema, range(20), classes.tolist(), args.seed, vae=vae, steps=steps, omega=2.0)]
-        images = [sample.picture(image) for image in np.concatenate(images)]
-        sample.write_sheet(out / f"step-{step:06d}.png", images, 10)
+    def draw(numbers, classes, steps=1):
+        advised = sample.ADVISED if vae else {}
+        omega, t_min, t_max = advised.get(sizes["depth"], sample.GUIDANCE)
+        return sample.generate(ema, numbers, classes, args.seed, vae,
+                               steps=steps, omega=omega, t_min=t_min, t_max=t_max)
 
     signals = []
     for name in (signal.SIGINT, signal.SIGTERM):  # end the run after this step
         signal.signal(name, lambda number, _: signals.append(number))
-
-    prepare = functools.partial(ThreadPoolExecutor(1).submit, batch, data, args, rank, world)
+    make = functools.partial(batch, images, labels, args, rank, world)
+    prepare = functools.partial(ThreadPoolExecutor(1).submit, make)
     ahead, stop = prepare(step), False  # the next batch is made while a step runs
     sums, since = torch.zeros(3, device=device), (step, time.time())
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
@@ -369,24 +322,37 @@ def main():
             bar.update()
 
             stop = sample.total(torch.tensor(len(signals))).item() > 0
-            end = step == args.steps
+            end, record = step == args.steps, {}
             if step % args.log_every == 0 or end:
-                loss_u, loss_v, n = sample.total(sums).tolist()
+                loss_u, loss_v = (sample.total(sums)[:2] / sums[2]).tolist()
                 rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
-                record = {"step": step, "loss_u": loss_u / n if n else None,
-                          "loss_v": loss_v / n if n else None, "lr": lr, "images_per_s": rate,
-                          "grad_norm": norm if math.isfinite(norm) else None, "skipped": skipped,
-                          "peak_memory_gb": peak_memory(device)}
-                bar.set_postfix({key: record[key] for key in ("loss_u", "loss_v", "images_per_s")})
+                peak = (torch.cuda.max_memory_allocated() if cuda  # bytes; of a process KiB
+                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+                record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
+                          "lr": lr, "skipped": skipped, "images_per_s": rate,
+                          "peak_memory_gb": peak}
+                bar.set_postfix(loss_u=loss_u, loss_v=loss_v, images_per_s=rate)
                 sums, since = torch.zeros_like(sums), (step, time.time())
-                logged += 1
-                if rank == 0:
-                    with open(journal, "a") as file:
-                        print(json.dumps(record), file=file)
+            if args.fid_ref and (step % args.fid_every == 0 or end):
+                drawn = draw(range(args.fid_num)[rank::world], range(num_classes))
+                features, logits = fid.extract(inception, drawn, args.fid_num, "fid", rank, world)
+                record["fid"] = fid.frechet_distance(*fid.moments(features), *reference)
+                record["inception_score"] = fid.inception_score(logits)[0]
+            if record and rank == 0:
+                record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+                with open(journal, "a") as file:
+                    print(json.dumps({"step": step, **record}), file=file)
+            logged += bool(record)
             if rank == 0 and (step % args.sample_every == 0 or end):
-                draw_sheet()
+                some = np.linspace(0, num_classes - 1, min(10, num_classes)).astype(int).tolist()
+                drawn = [x for steps in (1, 2) for x in draw(range(20), some, steps)]
+                drawn = np.concatenate(drawn).transpose(0, 2, 3, 1)
+                sample.write_sheet(out / f"step-{step:06d}.png", drawn, 10)
             if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
-                save()
+                with sample.atomic(out / "last.pt") as file:
+                    torch.save({"step": step, "skipped": skipped, "logged": logged,
+                                "settings": settings, "net": net.state_dict(),
+                                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
