@@ -85,7 +85,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     L, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=True)
     L = np.tril(L)[pivots.argsort(), :rank]
     roots = np.linalg.eigvalsh(L.T @ sigma2 @ L).clip(0) ** 0.5
-    return max(0.0, ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * roots.sum())
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * roots.sum()
+    return float(np.maximum(distance, 0))  # rounding may lead below; NaN stays
 
 def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
@@ -203,7 +204,8 @@ def main():
         if num:
             result["is"], result["is_std"] = inception_score(logits)
         if min(num, len(real)) > 3:
-            near = precision_recall(features.to(device), real.to(device))
+            where = device if device.type == "cuda" else "cpu"  # mps has no float64
+            near = precision_recall(features.to(where), real.to(where))
             result["precision"], result["recall"] = near
         lines.append((result.get("fid"), "  ".join(f"{k} {v:.7g}" for k, v in result.items())))
         print(lines[-1][1], flush=True)

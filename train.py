@@ -44,8 +44,7 @@ RECIPES = {
 }
 
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = ("model", "vae", "batch_size", "lr", "warmup", "cooldown", "ema", "t_mean", "t_std",
-            "norm_eps", "tangent", "precision", "seed")
+SETTINGS = {"model", "vae", "tangent", "precision", "seed", *RECIPES} - {"steps"}
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
@@ -226,7 +225,7 @@ def main():
     if args.fid_ref:
         reference, _ = next(fid.stored(args.fid_ref))
         if not reference:
-            raise Fault(f"--fid-ref {args.fid_ref} has no mu, sigma: fid.py FOLDER --save makes them")
+            raise Fault(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
         inception = fid.Inception(args.inception).to(device)
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, num_classes, source = *digits(20_000), 10, "digits"
@@ -261,7 +260,7 @@ def main():
         net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     out, journal = Path(args.out), Path(args.out, "log.jsonl")
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
+    settings = {key: getattr(args, key) for key in sorted(SETTINGS)} | {"data": source}
     settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
@@ -326,8 +325,9 @@ def main():
             if step % args.log_every == 0 or end:
                 loss_u, loss_v = (sample.total(sums)[:2] / sums[2]).tolist()
                 rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
-                peak = (torch.cuda.max_memory_allocated() if cuda  # bytes; of a process KiB
-                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+                unit = 1 if sys.platform == "darwin" else 1024
+                peak = (torch.cuda.max_memory_allocated() if cuda
+                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
                 record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
                           "lr": lr, "skipped": skipped, "images_per_s": rate,
                           "peak_memory_gb": peak}
