@@ -1175,6 +1175,28 @@ def test_a_checkpoint_is_sampled_as_it_goes_and_the_best_guidance_named(
     assert best == min(rows, key=lambda row: row["fid"])
 
 
+def test_training_logs_the_fid_of_its_averaged_weights(small, tmp_path, monkeypatch, capsys):
+    real = pictures(9, 20).transpose(0, 3, 1, 2)
+    mu, sigma = fid.moments(Thumbnail()(real)[0])
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+    monkeypatch.setattr(fid, "Inception", lambda path: Thumbnail())
+    argv = ["--steps", 4, "--batch-size", 4, "--log-every", 3, "--out", tmp_path / "out",
+            "--fid-every", 2, "--fid-num", 20, "--fid-ref"]
+    assert call(train, *argv, tmp_path / "ref.npz", monkeypatch=monkeypatch)[0] == 0
+    log = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
+    assert [line["step"] for line in log] == [2, 3, 4]
+    assert ["fid" in line for line in log] == [True, False, True]
+    assert ["loss_u" in line for line in log] == [False, True, True]
+    net, _ = sample.load(tmp_path / "out" / "last.pt")
+    drawn = np.concatenate(list(sample.generate(net, range(20), range(10), omega=2.0)))
+    expected = fid.frechet_distance(*fid.moments(Thumbnail()(drawn)[0]), mu, sigma)
+    assert log[-1]["fid"] == pytest.approx(expected, rel=1e-5)
+    np.savez(tmp_path / "images.npz", arr_0=pictures(3, 20))
+    status, err = call(train, *argv, tmp_path / "images.npz", monkeypatch=monkeypatch,
+                       capsys=capsys)
+    assert status == 2 and "images.npz: no mu, sigma" in err.splitlines()[-1]
+
+
 def test_images_of_several_sizes_are_one_set(tmp_path):
     for size in (20, 31, 50):
         Image.fromarray(pictures(1, size)[0]).save(tmp_path / f"{size}.png")

@@ -44,7 +44,7 @@ RECIPES = {
 }
 
 # What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = {"model", "vae", "tangent", "precision", "seed", *RECIPES} - {"steps"}
+SETTINGS = ("model", "vae", "tangent", "precision", "seed", *RECIPES)
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
@@ -260,7 +260,7 @@ def main():
         net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     out, journal = Path(args.out), Path(args.out, "log.jsonl")
-    settings = {key: getattr(args, key) for key in sorted(SETTINGS)} | {"data": source}
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
     settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
