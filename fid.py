@@ -90,15 +90,18 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
-    parts = (p.double().softmax(1).numpy() for p in logits.tensor_split(min(splits, len(logits))))
+    p, n = logits.double().softmax(1).numpy(), min(splits, len(logits))
+    parts = [p[i * len(p) // n:(i + 1) * len(p) // n] for i in range(n)]
     scores = [np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean()) for p in parts]
     return np.mean(scores), np.std(scores)
 
 def precision_recall(generated, real, k=3):
-    """(precision, recall): shares of generated near real, of real near generated, (N, D) each."""
+    """(precision, recall): the shares of generated near real, of real near generated; features
+    of the Inception (N, D), of more than k images each."""
     def share(x, y):  # of x within the reach, to its k-th neighbour, of some y; in blocks
         x, y = x.double(), y.double()
-        reach = torch.cat([torch.cdist(p, y).kthvalue(k + 1)[0] for p in y.split(1000)])
+        reach = torch.cat([torch.cdist(p, y).topk(k + 1, largest=False)[0][:, k]
+                           for p in y.split(1000)])
         return sum((torch.cdist(p, y) <= reach).any(1).sum().item() for p in x.split(1000)) / len(x)
     return share(generated, real), share(real, generated)
 
@@ -113,14 +116,23 @@ def extract(inception, batches, num, name="", rank=0, world=1):
 
     batches: images (b, 1 or 3, H, W), this process's share of all, range(num)[rank::world].
     """
-    rows, n = torch.zeros(num, 2048 + 1008), 0
+    rows, n = torch.from_numpy(np.zeros((num, 2048 + 1008), np.float32)), 0
     with tqdm(total=-(-num // world), desc=name, unit=" images", disable=rank or not num) as bar:
         for images in batches:
             rows[rank::world][n:n + len(images)] = torch.cat(inception(images), 1)
             n += len(images)
             bar.update(len(images))
     features, logits = sample.total(rows).split((2048, 1008), 1)
+    if not rows.isfinite().all():
+        raise Fault("features are not finite: the weights of the Inception are others")
     return features, logits[np.random.RandomState(2020).permutation(num)]  # as in torch-fidelity
+
+def warn(what, num):
+    """Says on stderr why scores from few images compare with nothing."""
+    if 0 < num < 10_000 and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {what}: {num} images. FID is not comparable: it falls as their number "
+              "grows (papers take 50,000), and up to 2,048, the number of features, their "
+              "covariance is singular", file=sys.stderr)
 
 def stored(path):
     """Yields of an .npz its (mu, sigma), or None, with the number of its images; then each of
@@ -129,14 +141,16 @@ def stored(path):
         names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
         known = [npz[name] for name in names]
         shapes = [x.shape for x in known if np.isfinite(x).all()]
-        if known and shapes != [(2048,), (2048, 2048)]:
+        if known and (shapes != [(2048,), (2048, 2048)] or known[1].diagonal().min() < 0):
             raise ValueError(f"{names} are not of 2048 features, or not finite")
-        if "arr_0" not in npz:
-            return (yield known or None, 0)
+        if "num" in npz:
+            warn(path, int(npz["num"]))
+        if known and "arr_0" not in npz:
+            return (yield known, 0)
         file = npz.zip.open("arr_0.npy")
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
         yield known or None, shape[0]
         for _ in range(shape[0]):
@@ -176,17 +190,18 @@ def main():
     p.add_argument("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.options(p)
     args = p.parse_args()
-    os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
-
+    if args.save:
+        if not args.save.endswith(".npz") or os.path.isdir(args.save):
+            raise Fault(f"--save {args.save}: expected the name of a file that ends in .npz")
+        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
     device, rank, world = sample.join(args.device)
     sides = [side(path, args, device, rank, world) for path in (args.A, args.B) if path]
     for path, (known, num, _) in zip((args.A, args.B), sides):
         if num < 2 and not (known and args.B):
             raise Fault(f"{path}: {num} images, expected more, or mu and sigma to compare with B")
-        if 0 < num < 10_000 and rank == 0:
-            print(f"warning: {path}: {num} images. FID is not comparable: it falls as their number "
-                  "grows (papers take 50,000), and up to 2,048, the number of features, their "
-                  "covariance is singular", file=sys.stderr)
+        warn(path, num)
+    if args.B and len(sides[1][2]) > 1:
+        raise Fault(f"{args.B}: B is one set; several --omega, --interval or --steps are for A")
     inception = Inception(args.inception).to(device) if any(s[1] for s in sides) else None
 
     reference, real, lines = None, (), []
@@ -206,12 +221,12 @@ def main():
         if min(num, len(real)) > 3:
             where = device if device.type == "cuda" else "cpu"  # mps has no float64
             near = precision_recall(features.to(where), real.to(where))
-            result["precision"], result["recall"] = near
+            result |= zip(("precision", "recall"), near)
         lines.append((result.get("fid"), "  ".join(f"{k} {v:.7g}" for k, v in result.items())))
         print(lines[-1][1], flush=True)
         if args.save:
             with sample.atomic(args.save) as file:
-                np.savez(file, mu=found[0], sigma=found[1])
+                np.savez(file, mu=found[0], sigma=found[1], num=num)
     if len(lines) > 1 and args.B:
         print("best: " + min(lines)[1])
 

@@ -5,7 +5,7 @@
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
 Sampling needs the trunk and the u-head only. The time t itself is never shown to the network,
-only h = t - r. From small parts to large; the sizes of the paper stand at the end.
+only h = t - r.
 """
 
 import math
@@ -210,9 +210,7 @@ class DiT(nn.Module):
 
 def from_state(state, image_size=32):
     """The DiT whose state_dict() this is, not copied; its sizes are read off the shapes.
-
-    Raises KeyError, ValueError, RuntimeError, ... if they are no such weights.
-    """
+    Raises KeyError, ValueError, RuntimeError, ... if they are no such weights."""
     def blocks(name):
         return len({key.split(".")[1] for key in state if key.startswith(name + ".")})
 
@@ -233,9 +231,7 @@ RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embeddi
 
 def from_official(state_dict, image_size=32):
     """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
-
-    Their files lack the v-head's blocks; a complete state dict loads complete. Raises as above.
-    """
+    Their files lack the v-head's blocks; a complete state dict loads complete. Raises as above."""
     state = {}
     for name, value in state_dict.items():
         for old, new in RELEASED:

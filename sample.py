@@ -22,8 +22,7 @@ from tqdm import tqdm
 import imf
 import model
 
-# How a network is asked to draw where nothing is said: (omega, t_min, t_max). For latents it is
-# what the authors advise, by the network's depth, in one step and in more.
+# (omega, t_min, t_max) where nothing is said: for latents, as the authors advise, by depth.
 GUIDANCE = (2.0, 0.0, 1.0)
 ADVISED = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8.0, 0.42, 0.62)}
 ADVISED_IN_STEPS = {**ADVISED, 48: (4.0, 0.36, 0.64)}
@@ -114,6 +113,14 @@ def atomic(path):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
+def new_array(path, dtype, shape):
+    """A memory-mapped .npy. Its space is reserved: later, a full disk would be a bus error."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with blame(f"{path}, {array.nbytes / 1e6:.1f} MB"), open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
 def files(folder):
     """All files below a folder, sorted, but for hidden ones. Raises Fault if there are none."""
     pattern = os.path.join(glob.escape(str(folder)), "**")
@@ -140,10 +147,8 @@ def load_file(path):
         raise Fault(f"cannot read {path}: it is damaged or no checkpoint") from None
 
 def load(path, device="cpu"):
-    """(net, info) from our own checkpoint (its EMA weights) or from the authors' released weights.
-
-    info: the settings of the training; its `vae` is "none" for pixels. Raises Fault.
-    """
+    """(net, info) of our own checkpoint (its EMA weights) or of the authors' released weights.
+    info: the settings of the training; its `vae` is "none" for pixels. Raises Fault."""
     saved = load_file(path)
     with blame(f"cannot use {path} as weights of iMF"):
         if "ema" in saved:
@@ -199,9 +204,7 @@ def prepare(path, args, device):
 
 def generate(net, numbers, classes, seed=0, vae=None, **guidance):
     """Yields batches of images, uint8 (b, 3, H, W): number i is of class classes[i % len(classes)].
-
-    vae: of a net that draws latents. guidance: steps, omega, t_min, t_max of imf.sample.
-    """
+    vae: of a net that draws latents. guidance: steps, omega, t_min, t_max of imf.sample."""
     device = next(net.parameters()).device
     group = 8 if device.type == "cpu" else 64  # always: other sizes would be rounded differently
     shape = net.channels, net.image_size, net.image_size
@@ -267,10 +270,9 @@ def main():
         if out.suffix == ".png":
             write_sheet(out, np.stack(list(pictures)), 10 if len(rows) == 1 else num)
         elif out.suffix == ".npz":  # as ADM has it: images (N, H, W, 3), labels (N,)
-            shape = len(paths), *np.array(Image.open(paths[0])).shape
-            x = np.lib.format.open_memmap(part / "x", "w+", np.uint8, shape)
-            for k, image in enumerate(tqdm(pictures, "packing", len(paths))):
-                x[k] = image
+            x = new_array(part / "x", np.uint8, (len(paths), *np.array(Image.open(paths[0])).shape))
+            for i, image in enumerate(tqdm(pictures, "packing", len(paths))):
+                x[i] = image
             y = [classes[i % num % len(classes)] for i in range(len(paths))]
             with atomic(out) as file:
                 np.savez(file, arr_0=x, arr_1=y)

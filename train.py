@@ -10,8 +10,8 @@ same command goes on where it stopped, and ends in the same weights as if it nev
 number of processes, and any --accum, trains the same model.
 """
 
-import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, resource, shutil
-import signal, sys, time
+import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, resource, signal
+import sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     """(images, labels, number of classes, a hash of all) of a folder of classes. Raises Fault.
 
     Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std.
-    They are mapped from a file below `cache`, which the processes of the first node fill; what was
-    interrupted is completed. Another size, VAE or file in the folder leads to another cache.
+    They are mapped from a file in `cache`, which the processes of the first node fill or complete;
+    another size, VAE or file in the folder leads to another.
     """
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     found = [sample.files(os.path.join(folder, name)) for name in classes]
@@ -103,23 +103,28 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
         source.update(repr(facts).encode())
 
     cache = Path(cache, source.hexdigest()[:12])
-    if rank == 0 and not cache.exists():
-        fresh = Path(f"{cache}.tmp")
-        fresh.mkdir(parents=True, exist_ok=True)
-        needed, free = len(paths) * size**2 * (0.25 if vae else 3), shutil.disk_usage(fresh).free
-        if needed > free:
-            raise Fault(f"--cache {cache}: needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} are free")
-        x = (np.float16, (8, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
-        np.lib.format.open_memmap(fresh / "x.npy", "w+", x[0], (len(paths), *x[1]))
-        np.lib.format.open_memmap(fresh / "y.npy", "w+", int, (len(paths),))  # label + 1; bad: -1
-        fresh.replace(cache)
+    dtype, *shape = (np.float16, 8, size // 8, size // 8) if vae else (np.uint8, 3, size, size)
+    if rank == 0:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{cache}.lock", "w")  # until the end of this function: a second run waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not cache.exists():
+            fresh = Path(f"{cache}.tmp")
+            fresh.mkdir(exist_ok=True)
+            sample.new_array(fresh / "x.npy", dtype, (len(paths), *shape))
+            sample.new_array(fresh / "y.npy", int, (len(paths),))  # label + 1; no image: -1
+            fresh.replace(cache)
     sample.total(torch.zeros(1))  # all wait for rank 0
+    with sample.blame(f"{cache} is damaged, remove it"):
+        x, y = (np.load(cache / name, "r", allow_pickle=False) for name in ("x.npy", "y.npy"))
+        if (x.dtype, x.shape, y.dtype, y.shape) != (dtype, (len(y), *shape), int, labels.shape) or (
+                min(y) < -1 or max(y) > len(classes)):
+            raise ValueError("other sizes or labels")
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parts = [slice(i, i + 8) for i in range(0, len(paths), 8)]  # always 8, for the VAE's rounding
-    with sample.blame(f"{cache} is damaged, remove it"):
-        y = np.load(cache / "y.npy", "r+", allow_pickle=False)
-        todo = [part for part in parts if not y[part].all()][rank::node] if rank < node else []
-        x = np.load(cache / "x.npy", "r+" if todo else "r", allow_pickle=False)
+    mine = parts[rank::node] if rank < node else []
+    if todo := [part for part in mine if not y[part].all()]:
+        x, y = (np.load(cache / name, "r+", allow_pickle=False) for name in ("x.npy", "y.npy"))
     load = DataLoader([paths[part] for part in todo], batch_size=None,
                       num_workers=os.cpu_count() // node if todo else 0,
                       collate_fn=functools.partial(decode, size=size))
@@ -132,6 +137,9 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
         x[part] = images
         y[part] = np.where(bad, -1, labels[part] + 1)
     sample.total(torch.zeros(1))
+    y = np.load(cache / "y.npy", allow_pickle=False)  # what the others wrote, too
+    if not y.all():
+        raise Fault(f"{cache} is not complete: start again")
     good, bad = np.flatnonzero(y > 0), [paths[i] for i in np.flatnonzero(y < 0)]
     if bad and rank == 0:
         print(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
@@ -146,9 +154,7 @@ def order(n, seed, epoch):
 
 def batch(images, labels, args, rank, world, step):
     """Every world-th sample of batch number `step`: x, y and their draws, from (seed, step) alone.
-
-    x are pixels in [-1, 1], or a fresh draw of each latent, normalised.
-    """
+    x are pixels in [-1, 1], or a fresh draw of each latent, normalised."""
     n, B, mine = len(labels), args.batch_size, slice(rank, None, world)
     i = [order(n, args.seed, k // n)[k % n] for k in range(step * B, (step + 1) * B)[mine]]
     x = torch.from_numpy(np.stack([images[k] for k in i]))
@@ -227,6 +233,7 @@ def main():
         if not reference:
             raise Fault(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
         inception = fid.Inception(args.inception).to(device)
+        fid.warn("--fid-num", args.fid_num)
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, num_classes, source = *digits(20_000), 10, "digits"
     if args.data:
@@ -282,8 +289,14 @@ def main():
                                steps=steps, omega=omega, t_min=t_min, t_max=t_max)
 
     signals = []
-    for name in (signal.SIGINT, signal.SIGTERM):  # end the run after this step
-        signal.signal(name, lambda number, _: signals.append(number))
+
+    def interrupt(number, _):  # the first ends the run after this step, another one at once
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupt)
     make = functools.partial(batch, images, labels, args, rank, world)
     prepare = functools.partial(ThreadPoolExecutor(1).submit, make)
     ahead, stop = prepare(step), False  # the next batch is made while a step runs
@@ -338,6 +351,7 @@ def main():
                 features, logits = fid.extract(inception, drawn, args.fid_num, "fid", rank, world)
                 record["fid"] = fid.frechet_distance(*fid.moments(features), *reference)
                 record["inception_score"] = fid.inception_score(logits)[0]
+                since = step, time.time()
             if record and rank == 0:
                 record = {k: v if math.isfinite(v) else None for k, v in record.items()}
                 with open(journal, "a") as file:
