@@ -112,10 +112,8 @@ def moments(features):
     return mu, sum(part.T @ part for part in centred) / (len(features) - 1)
 
 def extract(inception, batches, num, name="", rank=0, world=1):
-    """Features (num, 2048) and, shuffled, logits (num, 1008), on the CPU of every process.
-
-    batches: images (b, 1 or 3, H, W), this process's share of all, range(num)[rank::world].
-    """
+    """Features (num, 2048) and, shuffled, logits (num, 1008), on the CPU of every process, from
+    batches (b, 1 or 3, H, W) of its own share range(num)[rank::world]. Raises Fault."""
     rows, n = torch.from_numpy(np.zeros((num, 2048 + 1008), np.float32)), 0
     with tqdm(total=-(-num // world), desc=name, unit=" images", disable=rank or not num) as bar:
         for images in batches:
@@ -130,9 +128,8 @@ def extract(inception, batches, num, name="", rank=0, world=1):
 def warn(what, num):
     """Says on stderr why scores from few images compare with nothing."""
     if 0 < num < 10_000 and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {what}: {num} images. FID is not comparable: it falls as their number "
-              "grows (papers take 50,000), and up to 2,048, the number of features, their "
-              "covariance is singular", file=sys.stderr)
+        print(f"warning: {what}: {num} images. FID falls as the number grows, papers take 50,000; "
+              "up to 2,048, as many as features, the covariance is singular", file=sys.stderr)
 
 def stored(path):
     """Yields of an .npz its (mu, sigma), or None, with the number of its images; then each of

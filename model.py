@@ -100,8 +100,7 @@ class ScalarEmbedder(nn.Module):
     def __init__(self, hidden_size):
         super().__init__()
         self.mlp = nn.Sequential(
-            Linear(256, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
-        )
+            Linear(256, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         for linear in (self.mlp[0], self.mlp[2]):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
@@ -194,10 +193,9 @@ class DiT(nn.Module):
     def _run(self, blocks, x):
         x, dx = forward_ad.unpack_dual(x)
         rotary = rotations(x.shape[1], self.head_dim, x.device)
-        twice = self.checkpoint and torch.is_grad_enabled()  # activations are computed twice
         for block in blocks:
-            x, dx = (checkpoint(block, x, dx, rotary, use_reentrant=False) if twice
-                     else block(x, dx, rotary))
+            x, dx = (checkpoint(block, x, dx, rotary, use_reentrant=False)
+                     if self.checkpoint and torch.is_grad_enabled() else block(x, dx, rotary))
         return x if dx is None else forward_ad.make_dual(x, dx)
 
     def _branch(self, blocks, final_layer, x):

@@ -75,8 +75,7 @@ def number(kind, low, high=10**12):
     return number
 
 def join(name=None):
-    """(device, rank, world): the device called `name`, or the best one here; the number of this
-    process, which joins the others of a torchrun, and how many they are. Raises Fault."""
+    """(device, rank, world) of this process, which joins those of a torchrun. Raises Fault."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -176,8 +175,7 @@ def load_vae(name, device="cpu"):
 def options(parser):
     """The flags of whatever draws images."""
     flag = parser.add_argument
-    flag("--steps", type=number(int, 1, 1000), nargs="+", metavar="N", default=[1],
-         help="network evaluations per image; default: 1")
+    flag("--steps", type=number(int, 1, 1000), nargs="+", default=[1], help="default: 1")
     flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
     flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), action="append",
          help="the times at which guidance acts, within 0 1; may come again")

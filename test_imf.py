@@ -760,6 +760,19 @@ def test_what_is_no_image_is_left_out_even_eight_in_a_row(flowers, vae_folder, t
     assert len(images) == 6 and labels.tolist() == [0, 0, 1, 1, 1, 2]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to reserve space")
+def test_a_disk_too_small_for_the_cache_is_told_before_anything_is_decoded(
+        flowers, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(sample.Fault, match="x.npy, .* MB: No space left"):
+        train.folder_data(str(flowers), 16, str(tmp_path / "cache"))
+    monkeypatch.undo()
+    assert len(train.folder_data(str(flowers), 16, str(tmp_path / "cache"))[0]) == 6
+
+
 def test_a_process_that_starts_late_does_its_own_share(flowers, tmp_path, monkeypatch):
     for i in range(60):
         shutil.copy(flowers / "aster" / "0.png", flowers / "aster" / f"copy-{i:02d}.png")
@@ -790,8 +803,8 @@ def test_what_has_more_than_eight_bits_is_left_out(tmp_path):
     Image.fromarray(np.full((9, 9), 0x8000, np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "b.tif")
     Image.fromarray(np.full((9, 9), 0x80, np.uint8)).save(tmp_path / "c.png")
-    images, bad = train.decode([tmp_path / name for name in ("a.png", "b.tif", "c.png")], 4)
-    assert (images[2] == 0x80).all() and bad.tolist() == [True, True, False]
+    images, good = train.decode([tmp_path / name for name in ("a.png", "b.tif", "c.png")], 4)
+    assert (images[2] == 0x80).all() and good.tolist() == [False, False, True]
 
 
 @pytest.fixture(scope="module")
@@ -896,7 +909,7 @@ def test_training_begins_with_released_weights_whose_v_head_is_a_copy_of_the_u_h
     torch.testing.assert_close(u, net.u(x, *conditions))
     torch.testing.assert_close(u, v)
     status, err = call(train, "--init", tmp_path / "iMF.pth", "--steps", 1, "--out",
-                       tmp_path / "other", monkeypatch=monkeypatch, capsys=capsys)  # digits are other
+                       tmp_path / "other", monkeypatch=monkeypatch, capsys=capsys)  # digits
     assert status == 2 and "--init" in err.splitlines()[-1]
 
 

@@ -10,8 +10,8 @@ same command goes on where it stopped, and ends in the same weights as if it nev
 number of processes, and any --accum, trains the same model.
 """
 
-import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, resource, signal
-import sys, time
+import argparse, contextlib, copy, fcntl, functools, hashlib, itertools, json, math, os, resource
+import signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,14 +73,13 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def decode(paths, size):
-    """The pictures in these files, uint8 (n, 3, size, size), and which are none, bool (n,)."""
-    images, bad = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
+    """The pictures in these files, uint8 (n, 3, size, size), and which are pictures, bool (n,)."""
+    images, good = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
     for i, path in enumerate(paths):
-        try:
+        with contextlib.suppress(Exception):  # damage may raise anything
             images[i] = np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
-        except Exception:  # damage may raise anything
-            bad[i] = True
-    return images, bad
+            good[i] = True
+    return images, good
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     """(images, labels, number of classes, a hash of all) of a folder of classes. Raises Fault.
@@ -129,13 +128,13 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
                       num_workers=os.cpu_count() // node if todo else 0,
                       collate_fn=functools.partial(decode, size=size))
     bar = tqdm(todo, "decoding", unit=" images", unit_scale=8, disable=rank > 0 or not todo)
-    for part, (images, bad) in zip(bar, load):
+    for part, (images, good) in zip(bar, load):
         if vae:
             pixels = torch.from_numpy(images).to(vae.device) / 127.5 - 1
             posterior = vae.encode(pixels).latent_dist
             images = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
         x[part] = images
-        y[part] = np.where(bad, -1, labels[part] + 1)
+        y[part] = np.where(good, labels[part] + 1, -1)
     sample.total(torch.zeros(1))
     y = np.load(cache / "y.npy", allow_pickle=False)  # what the others wrote, too
     if not y.all():
@@ -180,8 +179,7 @@ def arguments():
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
-        flag("--" + name.replace("_", "-"), type=kind, metavar="N",
-             help=f"{text} (tiny: {tiny}, else: {paper})")
+        flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; {tiny}, not tiny: {paper}")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, in turn")
     flag("--checkpoint", action="store_true", help="compute activations twice, to save memory")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
@@ -225,8 +223,8 @@ def main():
     device, rank, world = sample.join(args.device)
     cuda = device.type == "cuda"
     if args.batch_size % (args.accum * world):
-        raise Fault(f"--batch-size {args.batch_size} is no multiple of --accum {args.accum} times "
-                    f"{world}, the number of processes")
+        raise Fault(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+                    "--accum times the number of processes")
     args.precision = args.precision or ("bf16" if cuda else "float32")
     if args.fid_ref:
         reference, _ = next(fid.stored(args.fid_ref))
@@ -263,8 +261,7 @@ def main():
     if cuda if args.compile is None else args.compile:
         net.compile()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     out, journal = Path(args.out), Path(args.out, "log.jsonl")
     settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
@@ -283,17 +280,15 @@ def main():
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
     def draw(numbers, classes, steps=1):
-        advised = sample.ADVISED if vae else {}
-        omega, t_min, t_max = advised.get(sizes["depth"], sample.GUIDANCE)
+        omega, t_min, t_max = (sample.ADVISED if vae else {}).get(sizes["depth"], sample.GUIDANCE)
         return sample.generate(ema, numbers, classes, args.seed, vae,
                                steps=steps, omega=omega, t_min=t_min, t_max=t_max)
 
     signals = []
 
-    def interrupt(number, _):  # the first ends the run after this step, another one at once
+    def interrupt(number, _):  # ends the run after this step, and a second one at once
         signals.append(number)
-        if len(signals) > 1:
-            raise KeyboardInterrupt
+        signal.signal(number, signal.default_int_handler)
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt)
