@@ -233,11 +233,12 @@ def main():
         inception = fid.Inception(args.inception).to(device)
         fid.warn("--fid-num", args.fid_num)
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
-    images, labels, num_classes, source = *digits(20_000), 10, "digits"
     if args.data:
         cache = f"{os.path.abspath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
         images, labels, num_classes, source = folder_data(
             args.data, args.image_size, args.cache or cache, vae, rank, world)
+    else:
+        images, labels, num_classes, source = *digits(20_000), 10, "digits"
     for name, recipe in RECIPES.items():
         value = recipe[args.model != "tiny"]
         if isinstance(value, str):  # so many epochs
