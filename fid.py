@@ -96,8 +96,7 @@ def inception_score(logits, splits=10):
     return np.mean(scores), np.std(scores)
 
 def precision_recall(generated, real, k=3):
-    """(precision, recall): the shares of generated near real, of real near generated; features
-    of the Inception (N, D), of more than k images each."""
+    """(precision, recall), shares near the other set: features (N, D), more than k of each."""
     def share(x, y):  # of x within the reach, to its k-th neighbour, of some y; in blocks
         x, y = x.double(), y.double()
         reach = torch.cat([torch.cdist(p, y).topk(k + 1, largest=False)[0][:, k]
@@ -187,10 +186,9 @@ def main():
     p.add_argument("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.options(p)
     args = p.parse_args()
-    if args.save:
-        if not args.save.endswith(".npz") or os.path.isdir(args.save):
-            raise Fault(f"--save {args.save}: expected the name of a file that ends in .npz")
-        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
+    if args.save and (not args.save.endswith(".npz") or os.path.isdir(args.save)):
+        raise Fault(f"--save {args.save}: expected the name of a file that ends in .npz")
+    os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
     device, rank, world = sample.join(args.device)
     sides = [side(path, args, device, rank, world) for path in (args.A, args.B) if path]
     for path, (known, num, _) in zip((args.A, args.B), sides):

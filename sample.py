@@ -233,8 +233,7 @@ def main():
     options(p)
     p.add_argument("--classes", type=number(int, 0), nargs="+", metavar="C", help="default: all")
     p.add_argument("--num", type=number(int, 1), help="images a row; default: 100, of many rows 10")
-    p.add_argument("--out", metavar="FILE.png|FOLDER|FILE.npz",
-                   help="default: samples.png by the checkpoint")
+    p.add_argument("--out", help="FILE.png, FOLDER or FILE.npz; default: samples.png beside it")
     args = p.parse_args()
     device, rank, world = join(args.device)
     net, vae, rows = prepare(args.checkpoint, args, device)

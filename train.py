@@ -5,9 +5,8 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train     on latents
     python train.py --tangent conditional             the original MeanFlow, for comparison
 
-OUT (--out, default `out`) receives last.pt, log.jsonl and a sheet of samples now and then. The
-same command goes on where it stopped, and ends in the same weights as if it never had. Any
-number of processes, and any --accum, trains the same model.
+OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command goes
+on where it stopped and ends in the same weights; so does any number of processes and any --accum.
 """
 
 import argparse, contextlib, copy, fcntl, functools, hashlib, itertools, json, math, os, resource
@@ -105,8 +104,9 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     dtype, *shape = (np.float16, 8, size // 8, size // 8) if vae else (np.uint8, 3, size, size)
     if rank == 0:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{cache}.lock", "w")  # until the end of this function: a second run waits
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.access(cache.parent, os.W_OK):  # else it should be complete
+            lock = open(f"{cache}.lock", "w")  # until the end of this function: a second run waits
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not cache.exists():
             fresh = Path(f"{cache}.tmp")
             fresh.mkdir(exist_ok=True)
@@ -234,7 +234,7 @@ def main():
         fid.warn("--fid-num", args.fid_num)
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     if args.data:
-        cache = f"{os.path.abspath(args.data)}-{args.image_size}px" + "-latents" * bool(vae)
+        cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' * bool(vae)}"
         images, labels, num_classes, source = folder_data(
             args.data, args.image_size, args.cache or cache, vae, rank, world)
     else:
