@@ -22,8 +22,7 @@ from tqdm import tqdm
 import imf
 import model
 
-# (omega, t_min, t_max) where nothing is said: for latents, as the authors advise, by depth.
-GUIDANCE = (2.0, 0.0, 1.0)
+# (omega, t_min, t_max) that the authors advise for latents, by depth; of 48 layers in more steps.
 ADVISED = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8.0, 0.42, 0.62)}
 ADVISED_IN_STEPS = {**ADVISED, 48: (4.0, 0.36, 0.64)}
 
@@ -183,6 +182,11 @@ def options(parser):
     flag("--vae", help="folder or name of the VAE that decodes latents; or none")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
 
+def advised(net, latents, steps):
+    """(omega, t_min, t_max) where nothing is said."""
+    table = {} if not latents else ADVISED if steps == 1 else ADVISED_IN_STEPS
+    return table.get(len(net.shared_blocks) + len(net.u_heads), (2.0, 0.0, 1.0))
+
 def prepare(path, args, device):
     """(net, vae or None, settings of imf.sample) of a checkpoint and what `options` read. The
     settings: each number of steps with each omega and interval, or the advised. Raises Fault."""
@@ -190,10 +194,9 @@ def prepare(path, args, device):
     name = args.vae or info["vae"]
     if (name == "none") == (net.channels == 4):
         raise Fault(f"{path} draws {net.channels} channels: 4 need a --vae, others none")
-    depth, settings = len(net.shared_blocks) + len(net.u_heads), []
+    settings = []
     for steps in args.steps:
-        advised = {} if name == "none" else ADVISED if steps == 1 else ADVISED_IN_STEPS
-        omega, *interval = advised.get(depth, GUIDANCE)
+        omega, *interval = advised(net, name != "none", steps)
         settings += [dict(steps=steps, omega=w, t_min=low, t_max=high)
                      for w in args.omega or [omega] for low, high in args.interval or [interval]]
     if any(row["t_min"] > row["t_max"] for row in settings):

@@ -117,7 +117,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     with sample.blame(f"{cache} is damaged, remove it"):
         x, y = (np.load(cache / name, "r", allow_pickle=False) for name in ("x.npy", "y.npy"))
         if (x.dtype, x.shape, y.dtype, y.shape) != (dtype, (len(y), *shape), int, labels.shape) or (
-                min(y) < -1 or max(y) > len(classes)):
+                y.min() < -1 or y.max() > len(classes)):
             raise ValueError("other sizes or labels")
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parts = [slice(i, i + 8) for i in range(0, len(paths), 8)]  # always 8, for the VAE's rounding
@@ -248,8 +248,8 @@ def main():
 
     torch.manual_seed(args.seed)
     channels, image_size, _ = images[0].shape
-    sizes = model.MODELS[args.model]
-    net = model.DiT(image_size, channels // 2 if vae else channels, num_classes, **sizes)
+    net = model.DiT(image_size, channels // 2 if vae else channels, num_classes,
+                    **model.MODELS[args.model])
     if args.init:
         start, _ = sample.load(args.init)
         if start.v_heads is None:  # as released: where r = t it should equal u, so it is a copy
@@ -281,7 +281,7 @@ def main():
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
     def draw(numbers, classes, steps=1):
-        omega, t_min, t_max = (sample.ADVISED if vae else {}).get(sizes["depth"], sample.GUIDANCE)
+        omega, t_min, t_max = sample.advised(ema, vae, steps)
         return sample.generate(ema, numbers, classes, args.seed, vae,
                                steps=steps, omega=omega, t_min=t_min, t_max=t_max)
 
