@@ -115,8 +115,12 @@ def new_array(path, dtype, shape):
     """A memory-mapped .npy. Its space is reserved: later, a full disk would be a bus error."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
-        with blame(f"{path}, {array.nbytes / 1e6:.1f} MB"), open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        try:
+            with blame(f"{path}, {array.nbytes / 1e6:.1f} MB"), open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except Fault:
+            os.unlink(path)  # which also gives back what was reserved
+            raise
     return array
 
 def files(folder):

@@ -769,6 +769,7 @@ def test_a_disk_too_small_for_the_cache_is_told_before_anything_is_decoded(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(sample.Fault, match="x.npy, .* MB: No space left"):
         train.folder_data(str(flowers), 16, str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
     monkeypatch.undo()
     assert len(train.folder_data(str(flowers), 16, str(tmp_path / "cache"))[0]) == 6
 
