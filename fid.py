@@ -24,7 +24,7 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 
 # The Inception of 2015-12-05. Branches are chains of convolutions and pools, their outputs side
 # by side; / is stride 2 and - stride 1, both without padding; | splits the end of a branch.
-STEM = "1a_3x3/ 2a_3x3- 2b_3x3 max/ 3b_1x1 4a_3x3- max/",
+STEM = ("1a_3x3/ 2a_3x3- 2b_3x3 max/ 3b_1x1 4a_3x3- max/",)
 A = "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "avg _pool"
 B = "3x3/", "3x3dbl_1 3x3dbl_2 3x3dbl_3/", "max/"
 C = "1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "avg _pool"
@@ -92,7 +92,7 @@ def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
     p, n = logits.double().softmax(1).numpy(), min(splits, len(logits))
     parts = [p[i * len(p) // n:(i + 1) * len(p) // n] for i in range(n)]
-    scores = [np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean()) for p in parts]
+    scores = [np.exp(scipy.special.rel_entr(q, q.mean(0)).sum(1).mean()) for q in parts]
     return np.mean(scores), np.std(scores)
 
 def precision_recall(generated, real, k=3):
@@ -113,7 +113,7 @@ def moments(features):
 def extract(inception, batches, num, name="", rank=0, world=1):
     """Features (num, 2048) and, shuffled, logits (num, 1008), on the CPU of every process, from
     batches (b, 1 or 3, H, W) of its own share range(num)[rank::world]. Raises Fault."""
-    rows, n = torch.from_numpy(np.zeros((num, 2048 + 1008), np.float32)), 0
+    rows, n = torch.from_numpy(np.zeros((num, 2048 + 1008), np.float32)), 0  # or a MemoryError
     with tqdm(total=-(-num // world), desc=name, unit=" images", disable=rank or not num) as bar:
         for images in batches:
             rows[rank::world][n:n + len(images)] = torch.cat(inception(images), 1)
@@ -131,8 +131,8 @@ def warn(what, num):
               "up to 2,048, as many as features, the covariance is singular", file=sys.stderr)
 
 def stored(path):
-    """Yields of an .npz its (mu, sigma), or None, with the number of its images; then each of
-    them, uint8 (H, W, 3). mu and sigma may be called ref_mu, ref_sigma. Raises Fault."""
+    """Yields ((mu, sigma) or None, number of images) of an .npz, then each image uint8 (H, W, 3).
+    mu and sigma may be called ref_mu, ref_sigma. Raises Fault."""
     with blame(f"{path}: expected arr_0 or mu, sigma"), np.load(path, allow_pickle=False) as npz:
         names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
         known = [npz[name] for name in names]
@@ -166,7 +166,7 @@ def batches(images, device):
             yield torch.cat([resize(x) for x in pool.map(tensor, part)])
 
 def side(path, args, device, rank, world):
-    """((mu, sigma) or None, number of images, a list of (setting, its batches)) of A or B."""
+    """((mu, sigma) or None, number of images, [(setting, batches), ...]) of A or B, or a Fault."""
     if os.path.isdir(path):
         paths = sample.files(path)
         return None, len(paths), [({}, batches(paths[rank::world], device))]
@@ -184,7 +184,7 @@ def main():
     p.add_argument("--num", type=number(int, 2), default=50_000, help="images to draw; 50000")
     p.add_argument("--save", metavar="FILE.npz", help="keep A's statistics, of several the last")
     p.add_argument("--inception", metavar="FILE", help="its state dict; default: downloaded once")
-    sample.options(p)
+    sample.options(p.add_argument)
     args = p.parse_args()
     if args.save and (not args.save.endswith(".npz") or os.path.isdir(args.save)):
         raise Fault(f"--save {args.save}: expected the name of a file that ends in .npz")
@@ -200,11 +200,11 @@ def main():
     inception = Inception(args.inception).to(device) if any(s[1] for s in sides) else None
 
     reference, real, lines = None, (), []
-    for reference, num, [(_, images), *_] in sides[1:]:
+    for reference, num, [(_, images), *_] in sides[1:]:  # B, if there is one
         real, _ = extract(inception, images, num, args.B, rank, world)
         reference = reference or moments(real)
     known, num, tasks = sides[0]
-    for result, images in tasks:
+    for result, images in tasks:  # the setting, to which the scores are added
         features, logits = extract(inception, images, num, args.A, rank, world)
         if rank:
             continue

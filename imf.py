@@ -26,14 +26,11 @@ class Draws(NamedTuple):
     t_max: torch.Tensor
     drop: torch.Tensor  # bool: this sample loses its class
 
-def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, beta=1.0,
-         class_dropout=0.1):
+def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1, beta=1, class_dropout=0.1):
     """Draws for a batch shaped like x (B, C, H, W), on the generator's device (x's without one).
-
     Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); r = t for the first half. Guidance: omega
     on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), all times where r = t.
-    The class is dropped for about a tenth of the batch, all of it where r = t.
-    """
+    The class is dropped for about a tenth of the batch, all of it where r = t."""
     B = len(x)
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
@@ -50,17 +47,15 @@ TANGENTS = ("v-head", "boundary", "conditional")
 
 def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """The loss of a batch x (B, C, H, W), y (B,), and {"loss_u", "loss_v"}: plain mean squares.
-
     net is a DiT, or a DDP around one. The loss itself is always close to 2 and says nothing, as
     every sample pulls about equally hard; with a large norm_eps it is a plain mean square.
     tangent is the direction of du/dt: "v-head" (iMF), "boundary" (iMF without a head: u at r = t),
-    or "conditional" (the original MeanFlow: the sample's own v_g). ValueError for any other.
-    """
+    or "conditional" (the original MeanFlow: the sample's own v_g). ValueError for any other."""
     if tangent not in TANGENTS:
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
     e, t, r, omega, t_min, t_max, drop = (d.to(x.device) for d in draws)
-    col = (-1, 1, 1, 1)
+    col = (-1, 1, 1, 1)  # (B,) as a factor of (B, C, H, W)
     y = torch.where(drop, dit.num_classes, y)
     omega_ = torch.where((t_min <= t) & (t <= t_max), omega, 1)  # omega': no guidance outside
     zero, one = torch.zeros_like(t), torch.ones_like(t)
@@ -69,7 +64,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     u, v = net(z, t - r, omega, t_min, t_max, y)  # the only pass that autograd sees
 
     with torch.no_grad():
-        def at_r_equal_t(branch, i, omega, y):  # of the samples i: h = 0, guidance at all times
+        def at_r_equal_t(branch, i, omega, y):  # h = 0, always guided; omega, y are those of i
             return branch(z[i], zero[i], omega, zero[i], one[i], y)
 
         m = (r < t).nonzero()[:, 0]  # where du/dt counts; elsewhere v is v_c already
@@ -105,13 +100,10 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 @torch.no_grad()
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):
     """Images x from noise (B, C, H, W) and classes y (B,), in `steps` evaluations of u.
-
-    omega, t_min, t_max are numbers or (B,) tensors: free at every call.
-    """
+    omega, t_min, t_max are numbers or (B,) tensors, free at every call."""
     omega, t_min, t_max = (torch.as_tensor(c, dtype=noise.dtype, device=noise.device).expand(len(y))
                            for c in (omega, t_min, t_max))
-    z = noise
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    z, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
         z = z - (t - r) * net.u(z, torch.full_like(omega, t - r), omega, t_min, t_max, y)
     return z

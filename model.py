@@ -4,8 +4,7 @@
     trunk      depth - head_depth blocks, shared
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
-Sampling needs the trunk and the u-head only. The time t itself is never shown to the network,
-only h = t - r.
+It never sees the time t itself, only h = t - r. To sample, the v-head is not needed.
 """
 
 import math
@@ -88,7 +87,7 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
     def forward(self, x, dx, rotary):
-        """x and, in a JVP, its tangent dx: compiled code takes and gives no dual tensors."""
+        """(x, dx) after the block. dx is a JVP's tangent, apart: compiled code knows no duals."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
@@ -99,9 +98,9 @@ class ScalarEmbedder(nn.Module):
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(
-            Linear(256, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
-        for linear in (self.mlp[0], self.mlp[2]):
+        first, last = Linear(256, hidden_size), Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        for linear in (first, last):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
 
@@ -110,30 +109,24 @@ class ScalarEmbedder(nn.Module):
         angles = s[:, None] * torch.exp(-math.log(10000) / 128 * i)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))
 
-class FinalLayer(nn.Module):
+class FinalLayer(nn.Sequential):
     def __init__(self, hidden_size, out_features):
         super().__init__()
         self.norm = RMSNorm(hidden_size, eps=1e-6)
         self.linear = Linear(hidden_size, out_features)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x):
-        return self.linear(self.norm(x))
+        for p in self.linear.parameters():
+            nn.init.zeros_(p)
 
 class DiT(nn.Module):
-    """The two velocities of a batch, from the noisy images and the conditions alone.
-
-    All three calls take x (B, C, H, W), the conditions h, omega, t_min, t_max (B,) float, and
-    the classes y (B,) long, where num_classes stands for "no class"; velocities are shaped
-    like x, float32. Raises ValueError for sizes that do not fit each other.
-    """
+    """net(...) -> (u, v); net.u(...) -> u and net.v(...) -> v run one branch alone; float32, shaped
+    like x. Arguments: x (B, C, H, W); h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
+    is "no class". Raises ValueError for sizes that do not fit each other."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}")
+            raise ValueError(f"image size {image_size}: no multiple of {patch_size} up to 4095")
         if hidden_size % (2 * num_heads) or not 0 <= head_depth <= depth:
             raise ValueError(f"{hidden_size=}, {num_heads=}, {depth=}, {head_depth=} do not fit")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
@@ -150,7 +143,7 @@ class DiT(nn.Module):
         self.time_tokens, self.h_embedder = tokens(4), ScalarEmbedder(hidden_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
         nn.init.normal_(self.y_embedder.weight, std=1 / math.sqrt(hidden_size))
-        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # a view: as of a Linear
         nn.init.zeros_(self.x_embedder.bias)
 
         def blocks(n):
@@ -162,17 +155,14 @@ class DiT(nn.Module):
         self.v_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
 
     def forward(self, *inputs):
-        """Both velocities: (u, v)."""
         x = self._trunk(*inputs)
         return (self._branch(self.u_heads, self.u_final_layer, x),
                 self._branch(self.v_heads, self.v_final_layer, x))
 
     def u(self, *inputs):
-        """The average velocity u alone."""
         return self._branch(self.u_heads, self.u_final_layer, self._trunk(*inputs))
 
     def v(self, *inputs):
-        """The velocity v alone."""
         return self._branch(self.v_heads, self.v_final_layer, self._trunk(*inputs))
 
     def compile(self, **options):
@@ -209,17 +199,15 @@ class DiT(nn.Module):
 def from_state(state, image_size=32):
     """The DiT whose state_dict() this is, not copied; its sizes are read off the shapes.
     Raises KeyError, ValueError, RuntimeError, ... if they are no such weights."""
-    def blocks(name):
-        return len({key.split(".")[1] for key in state if key.startswith(name + ".")})
-
+    n_trunk, n_u, n_v = (len({key.split(".")[1] for key in state if key.startswith(name)})
+                         for name in ("shared_blocks.", "u_heads.", "v_heads."))
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
+    num_classes = len(state["y_embedder.weight"]) - 1
+    num_heads = hidden_size // len(state["u_heads.0.attn.q_norm.weight"])
     with torch.device("meta"):
-        net = DiT(
-            image_size, channels, len(state["y_embedder.weight"]) - 1, patch_size, hidden_size,
-            depth=blocks("shared_blocks") + blocks("u_heads"),
-            num_heads=hidden_size // len(state["u_heads.0.attn.q_norm.weight"]),
-            head_depth=blocks("u_heads"))
-    if not blocks("v_heads"):
+        net = DiT(image_size, channels, num_classes, patch_size, hidden_size,
+                  depth=n_trunk + n_u, num_heads=num_heads, head_depth=n_u)
+    if not n_v:
         net.v_heads = None
     net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return net.requires_grad_()

@@ -9,8 +9,9 @@
 Image i depends on (seed, i) alone, not on the number of images or of processes.
 """
 
-import argparse, contextlib, datetime, glob, hashlib, itertools, os, shutil, signal, sys, time
-import warnings, zipfile
+import argparse, contextlib, datetime, glob, os, shutil, signal, sys, time, warnings
+import zipfile, zlib
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,9 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-import imf
-import model
+import imf, model
 
-# (omega, t_min, t_max) that the authors advise for latents, by depth; of 48 layers in more steps.
+# (omega, t_min, t_max) that the authors advise for latents, by depth; XL/2 differs in more steps.
 ADVISED = {12: (8.0, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8.0, 0.42, 0.62)}
 ADVISED_IN_STEPS = {**ADVISED, 48: (4.0, 0.36, 0.64)}
 
@@ -58,8 +58,8 @@ def run(main):
     except Exception as error:
         known = isinstance(error, (Fault, OSError, MemoryError, torch.OutOfMemoryError))
         if os.environ.get("RANK", "0") != "0" or dist.is_initialized() and not known:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)  # if another process says why, torchrun ends us meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends us meanwhile,
+            time.sleep(5)  # if another process says why
         if known:
             print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
             sys.exit(2)
@@ -67,7 +67,7 @@ def run(main):
 
 def number(kind, low, high=10**12):
     """An argparse type: an int or float from low to high."""
-    def number(text):
+    def number(text):  # argparse says this name: "invalid number value"
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -75,21 +75,20 @@ def number(kind, low, high=10**12):
 
 def join(name=None):
     """(device, rank, world) of this process, which joins those of a torchrun. Raises Fault."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(k, 0)) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {name}"):
         device = torch.empty(0, device=f"cuda:{local}" if name == "cuda" else name).device
-    if device.type == "cuda":  # the same run twice is the same, bit for bit
+    if device.type == "cuda":  # the same run twice is the same, bit for bit; TF32 where fast
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        with blame("cannot join the other processes"):  # some wait long while others encode
-            dist.init_process_group(timeout=datetime.timedelta(days=1))
-    return device, rank, world
+        with blame("cannot join the other processes"):
+            dist.init_process_group(timeout=datetime.timedelta(days=1))  # for those that encode
+    return device, rank, max(1, world)
 
 def total(tensor):
     """The sum over all processes, each of which waits for the others."""
@@ -102,7 +101,7 @@ def atomic(path):
     """Opens a temporary file that becomes `path` if the block succeeds and is removed otherwise."""
     temporary = f"{path}.tmp"
     try:
-        with blame(f"cannot write {path}"), open(temporary, "wb") as file:
+        with blame(f"cannot write {path}"), open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -110,18 +109,6 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-
-def new_array(path, dtype, shape):
-    """A memory-mapped .npy. Its space is reserved: later, a full disk would be a bus error."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with blame(f"{path}, {array.nbytes / 1e6:.1f} MB"), open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        except Fault:
-            os.unlink(path)  # which also gives back what was reserved
-            raise
-    return array
 
 def files(folder):
     """All files below a folder, sorted, but for hidden ones. Raises Fault if there are none."""
@@ -139,14 +126,12 @@ def open_image(path):
 
 def load_file(path):
     """What torch.save wrote: tensors and plain values, never pickled code. Raises Fault."""
-    os.stat(path)
-    try:
+    os.stat(path)  # raises what is wrong with the path
+    with contextlib.suppress(Exception):
         zipped = zipfile.is_zipfile(path)  # all but very old files
-        if zipped and zipfile.ZipFile(path).testzip():
-            raise ValueError  # of the check sums, which torch.load does not compare
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception:
-        raise Fault(f"cannot read {path}: it is damaged or no checkpoint") from None
+        if not zipped or zipfile.ZipFile(path).testzip() is None:  # torch ignores the check sums
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    raise Fault(f"cannot read {path}: it is damaged or no checkpoint")
 
 def load(path, device="cpu"):
     """(net, info) of our own checkpoint (its EMA weights) or of the authors' released weights.
@@ -155,7 +140,7 @@ def load(path, device="cpu"):
     with blame(f"cannot use {path} as weights of iMF"):
         if "ema" in saved:
             info = {"vae": "none", **saved["settings"], "step": saved["step"]}
-            net = model.from_state(saved["ema"], int.__index__(info["image_size"]))
+            net = model.from_state(saved["ema"], index(info["image_size"]))
         else:
             net, info = model.from_official(saved), {"vae": VAE}
         if not all(p.isfinite().all() for p in net.parameters()):
@@ -166,28 +151,26 @@ def load_vae(name, device="cpu"):
     """An AutoencoderKL of diffusers, a folder or on the hub, in safetensors. Raises Fault."""
     os.environ.update(HF_HUB_VERBOSITY="error", DIFFUSERS_VERBOSITY="critical")  # we say it
     warnings.filterwarnings("ignore", module="huggingface_hub")
-    import diffusers  # takes seconds, and who draws pixels does not need it
+    from diffusers import AutoencoderKL  # takes seconds, and who draws pixels does not need it
     with blame(f"--vae {name} cannot be had, neither as a folder nor from the hub"):
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            name, use_safetensors=True, low_cpu_mem_usage=False)
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
     channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     if (vae.config.in_channels, channels, factor) != (3, 4, 8):
         raise Fault(f"--vae {name}: {channels} channels at 1/{factor}, not 4 at 1/8 of RGB")
     return vae.to(device).eval().requires_grad_(False)
 
-def options(parser):
-    """The flags of whatever draws images."""
-    flag = parser.add_argument
+def options(flag):
+    """The flags of whatever draws images, by an ArgumentParser's add_argument."""
     flag("--steps", type=number(int, 1, 1000), nargs="+", default=[1], help="default: 1")
     flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
     flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"), action="append",
-         help="the times at which guidance acts, within 0 1; may come again")
+         help="when guidance acts, within 0 1; may come again")
     flag("--seed", type=number(int, 0), default=0, help="of the noise; default: 0")
     flag("--vae", help="folder or name of the VAE that decodes latents; or none")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
 
 def advised(net, latents, steps):
-    """(omega, t_min, t_max) where nothing is said."""
+    """(omega, t_min, t_max) for whoever names neither scale nor interval."""
     table = {} if not latents else ADVISED if steps == 1 else ADVISED_IN_STEPS
     return table.get(len(net.shared_blocks) + len(net.u_heads), (2.0, 0.0, 1.0))
 
@@ -237,52 +220,51 @@ def write_sheet(path, images, columns):
 def main():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
-    options(p)
+    options(p.add_argument)
     p.add_argument("--classes", type=number(int, 0), nargs="+", metavar="C", help="default: all")
     p.add_argument("--num", type=number(int, 1), help="images a row; default: 100, of many rows 10")
-    p.add_argument("--out", help="FILE.png, FOLDER or FILE.npz; default: samples.png beside it")
+    p.add_argument("--out", help="FILE.png, FOLDER, FILE.npz; default: samples.png with CHECKPOINT")
     args = p.parse_args()
     device, rank, world = join(args.device)
     net, vae, rows = prepare(args.checkpoint, args, device)
     classes = args.classes or range(net.num_classes)
     num = args.num or (100 if len(rows) == 1 else 10)
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    if out.suffix not in (".png", ".npz", "") or not out.suffix and out.exists():
+    if out.suffix not in (".png", ".npz", "") or out.is_dir() or not out.suffix and out.exists():
         raise Fault(f"--out {out}: expected a name in .png or .npz, or that of a new folder")
     if out.suffix == ".png" and num * len(rows) > 10_000:
         raise Fault("a sheet holds at most 10,000 images: let --out be a folder or end in .npz")
     if max(classes) >= net.num_classes:
         raise Fault(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
 
-    # A start with the same arguments completes what an earlier one drew.
-    file = os.stat(args.checkpoint)
-    key = repr((file.st_size, file.st_mtime_ns, args.vae, rows, classes, args.seed, num))
-    part = Path(f"{out}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.part")
+    stat = os.stat(args.checkpoint)  # a start with the same arguments completes the same part
+    key = repr((stat.st_size, stat.st_mtime_ns, args.vae, rows, classes, args.seed, num))
+    part = Path(f"{out}.{zlib.crc32(key.encode()):08x}.part")
     part.mkdir(parents=True, exist_ok=True)
     paths = [part / f"{i:06d}.png" for i in range(num * len(rows))]
     todo = [i for i in range(len(paths))[rank::world] if not paths[i].exists()]
-    batches = (batch for k, row in enumerate(rows) for batch in generate(
-        net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row))
-    images = itertools.chain.from_iterable(batches)
+    images = (image for k, row in enumerate(rows) for batch in generate(
+        net, [i % num for i in todo if i // num == k], classes, args.seed, vae, **row)
+        for image in batch)
     bar = tqdm(images, total=len(todo), unit=" images", disable=rank > 0)
     for image, i in zip(bar, todo):  # in this order the bar ends at 100 %
         with atomic(paths[i]) as file:
             Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
     total(torch.zeros(1))
-    if rank == 0:
-        pictures = (np.array(Image.open(path)) for path in paths)
+    if rank == 0 and not out.suffix:
+        part.replace(out)
+    elif rank == 0:
+        x = np.empty((len(paths), *np.array(Image.open(paths[0])).shape), np.uint8)
+        for i, path in enumerate(tqdm(paths, "packing")):
+            x[i] = np.array(Image.open(path))
         if out.suffix == ".png":
-            write_sheet(out, np.stack(list(pictures)), 10 if len(rows) == 1 else num)
-        elif out.suffix == ".npz":  # as ADM has it: images (N, H, W, 3), labels (N,)
-            x = new_array(part / "x", np.uint8, (len(paths), *np.array(Image.open(paths[0])).shape))
-            for i, image in enumerate(tqdm(pictures, "packing", len(paths))):
-                x[i] = image
+            write_sheet(out, x, 10 if len(rows) == 1 else num)
+        else:  # as ADM has it: images (N, H, W, 3), labels (N,)
             y = [classes[i % num % len(classes)] for i in range(len(paths))]
             with atomic(out) as file:
                 np.savez(file, arr_0=x, arr_1=y)
-        else:
-            part.replace(out)
         shutil.rmtree(part, ignore_errors=True)
+    if rank == 0:
         print(f"wrote {out}")
 
 if __name__ == "__main__":

@@ -729,7 +729,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, m
     assert labels.tolist() == [0] * 22 + [1, 1, 1, 2] and classes == 3
     [folder] = cache.glob("*/")
     files = {path: path.read_bytes() for path in folder.iterdir()}
-    assert len(files) == 2
+    assert {path.name for path in files} == {"x.npy", "y.npy", ".lock"}
 
     seen, decode = [], train.decode
     monkeypatch.setattr(os, "cpu_count", lambda: 0)  # no worker processes
@@ -941,7 +941,7 @@ def test_two_processes_train_the_same_model_and_draw_the_same_images(
     assert (one - two).norm() < 1e-5 * one.norm()
     caches = [{p.name: p.read_bytes() for p in (tmp_path / f"cache{n}").glob("*/*")}
               for n in (1, 2)]
-    assert caches[0] == caches[1] and len(caches[0]) == 2
+    assert caches[0] == caches[1] and sorted(caches[0]) == [".lock", "x.npy", "y.npy"]
 
     path = tmp_path / "one" / "last.pt"
     torchrun(2, "sample.py", path, "--num", 9, "--out", tmp_path / "two.npz")
@@ -1310,7 +1310,7 @@ def test_bad_input_to_the_scores_is_refused_in_one_line(weights, tmp_path, monke
 # ---- The benchmark ---------------------------------------------------------------------------
 
 
-KINDS = ("literal", "ours", "ours --checkpoint", "ours --compile")
+KINDS = "literal", "ours", "ours --checkpoint", "ours --compile"  # and "ours bf16 --compile", ...
 PEAK = 989e12  # dense bf16 operations a second of an H100 or H200, by its datasheet
 
 
@@ -1355,7 +1355,7 @@ def one_step(kind, name, batch):
     loss = literal_loss if kind == "literal" else lambda *args: imf.imf_loss(*args)[0]
 
     def step(k):
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda or "bf16" in kind):
             result = loss(net, *batches[k % 5])
         backward(result)
 
@@ -1427,9 +1427,10 @@ def benchmark(name="B/2", batch="4", runs="3", *kinds):
                 compared = ratios(what, kind, first) if what in results[first][0] else ""
                 median = sorted(r[what] for r in found)[runs // 2]
                 print(f"{what:18}{kind:20}{median:10.4g}{compared}")
-    eager, compiled = results.get("ours"), results.get("ours --compile", [])
-    if eager and compiled:
-        print("compiled over eager", ratios("seconds", "ours --compile", "ours"))
+    for eager in results:
+        if (compiled := f"{eager} --compile") in results:
+            print(f"{compiled} over {eager}", ratios("seconds", compiled, eager))
+    eager = results.get("ours")
     if eager and torch.cuda.is_available():
         for kind in ("ours", "ours --compile", "ours --checkpoint"):
             for found in results.get(kind, [])[:1]:
@@ -1534,7 +1535,7 @@ def judge(path="out/last.pt", omega=2.0, steps=1, n=500):
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or [""]
-    if command in KINDS:
+    if command.startswith(("literal", "ours")):
         print(json.dumps(one_step(command, rest[0], int(rest[1]))))
     elif command == "judge":
         judge(*rest)

@@ -12,6 +12,7 @@ on where it stopped and ends in the same weights; so does any number of processe
 import argparse, contextlib, copy, fcntl, functools, hashlib, itertools, json, math, os, resource
 import signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import fid
-import imf
-import model
-import sample
+import fid, imf, model, sample
 from sample import Fault, number
 
 COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
-# Where nothing is said: for tiny, minutes on two CPU cores; for the others the release's recipe.
+# Flag: (default for tiny, minutes on two CPU cores; for the others, the release's; type; help).
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images a step"),
     "steps": (3200, "640 epochs", COUNT, "of training"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
-    "warmup": (100, "10 epochs", number(int, 0), "steps in which it rises"),
-    "cooldown": (1.0, 0.0, SHARE, "the last share of the steps, in which it falls to 0"),
+    "warmup": (100, "10 epochs", number(int, 0), "steps in which lr rises"),
+    "cooldown": (1.0, 0.0, SHARE, "share of the steps, the last ones, in which lr falls to 0"),
     "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
     "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
@@ -66,9 +64,8 @@ def centre_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.BICUBIC)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 def decode(paths, size):
@@ -82,16 +79,13 @@ def decode(paths, size):
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     """(images, labels, number of classes, a hash of all) of a folder of classes. Raises Fault.
-
-    Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std.
-    They are mapped from a file in `cache`, which the processes of the first node fill or complete;
-    another size, VAE or file in the folder leads to another.
-    """
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    found = [sample.files(os.path.join(folder, name)) for name in classes]
+    Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std,
+    mapped from a cache, which the processes of the first node fill or complete; another size, VAE
+    or file in the folder needs another cache."""
+    found = [sample.files(path) for path in sorted(Path(folder).glob("[!.]*/"))]
     if not found:
         raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
-    paths = list(itertools.chain.from_iterable(found))
+    paths = list(itertools.chain(*found))
     labels = np.repeat(np.arange(len(found)), [len(some) for some in found])
     source = hashlib.sha256(str(size).encode())
     for weight in vae.parameters() if vae else ():
@@ -103,35 +97,35 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     cache = Path(cache, source.hexdigest()[:12])
     dtype, *shape = (np.float16, 8, size // 8, size // 8) if vae else (np.uint8, 3, size, size)
     if rank == 0:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        if os.access(cache.parent, os.W_OK):  # else it should be complete
-            lock = open(f"{cache}.lock", "w")  # until the end of this function: a second run waits
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):  # else it should be complete
+            lock = open(cache / ".lock", "w")  # until the end of this function: a second run waits
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not cache.exists():
-            fresh = Path(f"{cache}.tmp")
-            fresh.mkdir(exist_ok=True)
-            sample.new_array(fresh / "x.npy", dtype, (len(paths), *shape))
-            sample.new_array(fresh / "y.npy", int, (len(paths),))  # label + 1; no image: -1
-            fresh.replace(cache)
+        if not (cache / "y.npy").exists():
+            with sample.atomic(cache / "x.npy") as file:
+                x = np.lib.format.open_memmap(file.name, "w+", dtype, (len(paths), *shape))
+                with sample.blame(f"{cache}/x.npy, {x.nbytes / 1e6:.1f} MB"):
+                    if hasattr(os, "posix_fallocate"):  # later, a full disk would be a bus error
+                        os.posix_fallocate(file.fileno(), 0, x.offset + x.nbytes)
+            with sample.atomic(cache / "y.npy") as file:  # label + 1; of no image -1; to do 0
+                np.save(file, np.zeros(len(paths), int))
     sample.total(torch.zeros(1))  # all wait for rank 0
     with sample.blame(f"{cache} is damaged, remove it"):
         x, y = (np.load(cache / name, "r", allow_pickle=False) for name in ("x.npy", "y.npy"))
         if (x.dtype, x.shape, y.dtype, y.shape) != (dtype, (len(y), *shape), int, labels.shape) or (
-                y.min() < -1 or y.max() > len(classes)):
+                y.min() < -1 or y.max() > len(found)):
             raise ValueError("other sizes or labels")
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this node
     parts = [slice(i, i + 8) for i in range(0, len(paths), 8)]  # always 8, for the VAE's rounding
-    mine = parts[rank::node] if rank < node else []
-    if todo := [part for part in mine if not y[part].all()]:
+    if todo := [part for part in parts[rank::local] if rank < local and not y[part].all()]:
         x, y = (np.load(cache / name, "r+", allow_pickle=False) for name in ("x.npy", "y.npy"))
     load = DataLoader([paths[part] for part in todo], batch_size=None,
-                      num_workers=os.cpu_count() // node if todo else 0,
+                      num_workers=os.cpu_count() // local if todo else 0,
                       collate_fn=functools.partial(decode, size=size))
     bar = tqdm(todo, "decoding", unit=" images", unit_scale=8, disable=rank > 0 or not todo)
     for part, (images, good) in zip(bar, load):
         if vae:
-            pixels = torch.from_numpy(images).to(vae.device) / 127.5 - 1
-            posterior = vae.encode(pixels).latent_dist
+            posterior = vae.encode(torch.from_numpy(images).to(vae.device) / 127.5 - 1).latent_dist
             images = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
         x[part] = images
         y[part] = np.where(good, labels[part] + 1, -1)
@@ -142,13 +136,14 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     good, bad = np.flatnonzero(y > 0), [paths[i] for i in np.flatnonzero(y < 0)]
     if bad and rank == 0:
         print(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
-    if len(bad) > max(10, len(paths) // 100) or len(set(y[good])) < len(classes):
+    if len(bad) > max(10, len(paths) // 100) or len(set(y[good])) < len(found):
         raise Fault(f"--data {folder}: {len(bad)} of {len(paths)} files are no images, or a whole "
                     f"class (to try them again, remove {cache})")
-    return Subset(x, good), y[good] - 1, len(classes), source.hexdigest()
+    return Subset(x, good), y[good] - 1, len(found), source.hexdigest()
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
+    """Of the n samples in an epoch, drawn from (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 def batch(images, labels, args, rank, world, step):
@@ -187,11 +182,9 @@ def arguments():
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
-    flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50")
-    flag("--save-every", type=COUNT, default=500, metavar="N", help="checkpoint; default: 500")
-    flag("--sample-every", type=COUNT, default=500, metavar="N", help="pictures; default: 500")
+    for name, steps in ("log", 50), ("save", 500), ("sample", 500), ("fid", 5000):
+        flag(f"--{name}-every", type=COUNT, default=steps, metavar="N", help=f"default: {steps}")
     flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics, and IS")
-    flag("--fid-every", type=COUNT, default=5000, metavar="N", help="default: 5000")
     flag("--fid-num", type=number(int, 2), default=10_000, metavar="N", help="default: 10000")
     flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
     args = p.parse_args()
@@ -203,28 +196,17 @@ def arguments():
     patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
     if args.data and args.image_size % patch:
         raise Fault(f"--image-size {args.image_size} is no multiple of {patch}, the patch's size")
-    args.batch_size = args.batch_size or RECIPES["batch_size"][args.model != "tiny"]
+    for name, recipe in RECIPES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[args.model != "tiny"])
     return args
-
-def resume(path, settings, net, ema, optimizer):
-    """Loads a checkpoint into the three; returns (step, skipped, logged). Raises Fault."""
-    saved = sample.load_file(path)
-    with sample.blame(f"{path} is no checkpoint of this program, choose another --out"):
-        for key, value in settings.items():
-            if key != "vae" and saved["settings"][key] != value:  # data's hash tells VAEs apart
-                flag = f"--{key.replace('_', '-')} {saved['settings'][key]}"
-                raise Fault(f"{path} was made with {flag}, not {value}: choose another --out")
-        for part, name in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(saved.pop(name))
-        return [int.__index__(saved[name]) for name in ("step", "skipped", "logged")]
 
 def main():
     args = arguments()
     device, rank, world = sample.join(args.device)
     cuda = device.type == "cuda"
     if args.batch_size % (args.accum * world):
-        raise Fault(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
-                    "--accum times the number of processes")
+        raise Fault(f"--batch-size is no multiple of {args.accum * world}, --accum times processes")
     args.precision = args.precision or ("bf16" if cuda else "float32")
     if args.fid_ref:
         reference, _ = next(fid.stored(args.fid_ref))
@@ -239,12 +221,9 @@ def main():
             args.data, args.image_size, args.cache or cache, vae, rank, world)
     else:
         images, labels, num_classes, source = *digits(20_000), 10, "digits"
-    for name, recipe in RECIPES.items():
-        value = recipe[args.model != "tiny"]
-        if isinstance(value, str):  # so many epochs
-            value = math.ceil(int(value.split()[0]) * len(labels) / args.batch_size)
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    for name in ("steps", "warmup"):
+        if isinstance(epochs := getattr(args, name), str):
+            setattr(args, name, math.ceil(int(epochs.split()[0]) * len(labels) / args.batch_size))
 
     torch.manual_seed(args.seed)
     channels, image_size, _ = images[0].shape
@@ -264,12 +243,21 @@ def main():
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
 
-    out, journal = Path(args.out), Path(args.out, "log.jsonl")
+    states = {"net": net, "ema": ema, "optimizer": optimizer}
     settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
-    settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}
+    settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}  # it shapes lr
+    out, journal = Path(args.out), Path(args.out, "log.jsonl")
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
-        step, skipped, logged = resume(out / "last.pt", settings, net, ema, optimizer)
+        saved = sample.load_file(out / "last.pt")
+        with sample.blame(f"{out}/last.pt is no checkpoint of this program, choose another --out"):
+            for key, value in settings.items():
+                if key != "vae" and saved["settings"][key] != value:  # data's hash tells VAEs apart
+                    flag = f"--{key.replace('_', '-')} {saved['settings'][key]}"
+                    raise Fault(f"{out} was made with {flag}, not {value}: choose another --out")
+            for name, state in states.items():
+                state.load_state_dict(saved.pop(name))
+            step, skipped, logged = (index(saved[k]) for k in ("step", "skipped", "logged"))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")  # held until it is closed, at the end
@@ -303,7 +291,7 @@ def main():
             losses = 0
             for k in range(args.accum):
                 part = slice(k, None, args.accum)
-                ddp.require_backward_grad_sync = k == args.accum - 1
+                ddp.require_backward_grad_sync = k == args.accum - 1  # as DDP.no_sync() does
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     loss, log = imf.imf_loss(ddp, x[part].to(device), y[part].to(device),
                                              imf.Draws(*(d[part] for d in draws)), args.tangent,
@@ -323,8 +311,7 @@ def main():
             else:
                 skipped, streak = skipped + 1, streak + 1
                 if streak == 20:
-                    raise Fault(f"step {step + 1}: no finite gradient for 20 steps, none of them "
-                                f"saved in {out}; try a lower --lr in another --out")
+                    raise Fault("no finite gradient for 20 steps: try a lower --lr, another --out")
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -334,13 +321,11 @@ def main():
             if step % args.log_every == 0 or end:
                 loss_u, loss_v = (sample.total(sums)[:2] / sums[2]).tolist()
                 rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
-                unit = 1 if sys.platform == "darwin" else 1024
-                peak = (torch.cuda.max_memory_allocated() if cuda
-                        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
-                record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
-                          "lr": lr, "skipped": skipped, "images_per_s": rate,
-                          "peak_memory_gb": peak}
                 bar.set_postfix(loss_u=loss_u, loss_v=loss_v, images_per_s=rate)
+                peak = (torch.cuda.max_memory_allocated() if cuda else resource.getrusage(
+                    resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+                record = dict(loss_u=loss_u, loss_v=loss_v, grad_norm=norm, lr=lr, skipped=skipped,
+                              images_per_s=rate, peak_memory_gb=peak / 1e9)
                 sums, since = torch.zeros_like(sums), (step, time.time())
             if args.fid_ref and (step % args.fid_every == 0 or end):
                 drawn = draw(range(args.fid_num)[rank::world], range(num_classes))
@@ -354,15 +339,14 @@ def main():
                     print(json.dumps({"step": step, **record}), file=file)
             logged += bool(record)
             if rank == 0 and (step % args.sample_every == 0 or end):
-                some = np.linspace(0, num_classes - 1, min(10, num_classes)).astype(int).tolist()
-                drawn = [x for steps in (1, 2) for x in draw(range(20), some, steps)]
-                drawn = np.concatenate(drawn).transpose(0, 2, 3, 1)
-                sample.write_sheet(out / f"step-{step:06d}.png", drawn, 10)
+                some = range(0, num_classes, -(-num_classes // 10))  # ten, or all of fewer
+                drawn = np.concatenate([x for n in (1, 2) for x in draw(range(20), some, n)])
+                sample.write_sheet(out / f"step-{step:06d}.png", drawn.transpose(0, 2, 3, 1), 10)
             if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
                 with sample.atomic(out / "last.pt") as file:
-                    torch.save({"step": step, "skipped": skipped, "logged": logged,
-                                "settings": settings, "net": net.state_dict(),
-                                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
+                    saved = {name: state.state_dict() for name, state in states.items()}
+                    saved |= dict(step=step, skipped=skipped, logged=logged, settings=settings)
+                    torch.save(saved, file)
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
