@@ -255,7 +255,7 @@ def main():
         part.replace(out)
     elif rank == 0:
         x = np.empty((len(paths), *np.array(Image.open(paths[0])).shape), np.uint8)
-        for i, path in enumerate(tqdm(paths, "packing")):
+        for i, path in enumerate(tqdm(paths, "packing", unit=" images")):
             x[i] = np.array(Image.open(path))
         if out.suffix == ".png":
             write_sheet(out, x, 10 if len(rows) == 1 else num)

@@ -30,10 +30,10 @@ COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-1
 # Flag: (default for tiny, minutes on two CPU cores; for the others, the release's; type; help).
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images a step"),
-    "steps": (3200, "640 epochs", COUNT, "of training"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
     "warmup": (100, "10 epochs", number(int, 0), "steps in which lr rises"),
     "cooldown": (1.0, 0.0, SHARE, "share of the steps, the last ones, in which lr falls to 0"),
+    "steps": (3200, "640 epochs", COUNT, "of training"),
     "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
     "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
@@ -82,7 +82,8 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std,
     mapped from a cache, which the processes of the first node fill or complete; another size, VAE
     or file in the folder needs another cache."""
-    found = [sample.files(path) for path in sorted(Path(folder).glob("[!.]*/"))]
+    found = [sample.files(path) for path in sorted(Path(folder).iterdir())
+             if path.is_dir() and path.name[0] != "."]
     if not found:
         raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
     paths = list(itertools.chain(*found))
@@ -101,14 +102,13 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
         if os.access(cache, os.W_OK):  # else it should be complete
             lock = open(cache / ".lock", "w")  # until the end of this function: a second run waits
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (cache / "y.npy").exists():
-            with sample.atomic(cache / "x.npy") as file:
+        if not (cache / "x.npy").exists():
+            with sample.atomic(cache / "x.npy") as file, sample.atomic(cache / "y.npy") as marks:
+                np.save(marks, np.zeros(len(paths), int))  # label + 1; of no image -1; to do 0
                 x = np.lib.format.open_memmap(file.name, "w+", dtype, (len(paths), *shape))
                 with sample.blame(f"{cache}/x.npy, {x.nbytes / 1e6:.1f} MB"):
                     if hasattr(os, "posix_fallocate"):  # later, a full disk would be a bus error
                         os.posix_fallocate(file.fileno(), 0, x.offset + x.nbytes)
-            with sample.atomic(cache / "y.npy") as file:  # label + 1; of no image -1; to do 0
-                np.save(file, np.zeros(len(paths), int))
     sample.total(torch.zeros(1))  # all wait for rank 0
     with sample.blame(f"{cache} is damaged, remove it"):
         x, y = (np.load(cache / name, "r", allow_pickle=False) for name in ("x.npy", "y.npy"))
@@ -206,7 +206,8 @@ def main():
     device, rank, world = sample.join(args.device)
     cuda = device.type == "cuda"
     if args.batch_size % (args.accum * world):
-        raise Fault(f"--batch-size is no multiple of {args.accum * world}, --accum times processes")
+        raise Fault(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+                    "--accum times the number of processes")
     args.precision = args.precision or ("bf16" if cuda else "float32")
     if args.fid_ref:
         reference, _ = next(fid.stored(args.fid_ref))
@@ -244,8 +245,8 @@ def main():
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     states = {"net": net, "ema": ema, "optimizer": optimizer}
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"data": source}
-    settings |= {"image_size": image_size, "steps": args.cooldown and args.steps}  # it shapes lr
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"image_size": image_size}
+    settings |= {"steps": args.cooldown and args.steps, "data": source}  # the steps shape lr
     out, journal = Path(args.out), Path(args.out, "log.jsonl")
     step = skipped = streak = logged = 0
     if (out / "last.pt").exists():
@@ -311,7 +312,8 @@ def main():
             else:
                 skipped, streak = skipped + 1, streak + 1
                 if streak == 20:
-                    raise Fault("no finite gradient for 20 steps: try a lower --lr, another --out")
+                    raise Fault(f"step {step + 1}: no finite gradient for 20 steps, none of them "
+                                f"saved in {out}; try a lower --lr in another --out")
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -335,11 +337,11 @@ def main():
                 since = step, time.time()
             if record and rank == 0:
                 record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-                with open(journal, "a") as file:
+                with sample.blame(f"cannot write {journal}"), open(journal, "a") as file:
                     print(json.dumps({"step": step, **record}), file=file)
             logged += bool(record)
             if rank == 0 and (step % args.sample_every == 0 or end):
-                some = range(0, num_classes, -(-num_classes // 10))  # ten, or all of fewer
+                some = [k * num_classes // 10 for k in range(10)]  # a column each
                 drawn = np.concatenate([x for n in (1, 2) for x in draw(range(20), some, n)])
                 sample.write_sheet(out / f"step-{step:06d}.png", drawn.transpose(0, 2, 3, 1), 10)
             if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
