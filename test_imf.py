@@ -510,13 +510,14 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(tmp_path, monkeypatch, ca
     ["--interval", "0.6", "0.4"], ["--interval", "0", "1.5"], ["--steps", "0"], ["--num", "0"],
     ["--num", "x"], ["--batch-size", "0"], ["--device", "abacus"], ["--out", "x.jpeg"],
     ["--out", "last.pt/x.png"], ["--sead", "1"],
-    ["--num", "1000000", "--out", "x.png"], ["--out", "."]])
+    ["--num", "1000000", "--out", "x.png"], ["--out", "."], ["--out", "folder.png"]])
 def test_sample_refuses_bad_arguments_in_one_line(argv, tmp_path, monkeypatch, capsys):
     checkpoint(tmp_path / "last.pt", network(channels=1))
+    (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
     status, err = call(sample, "last.pt", *argv, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 2 and err.splitlines()[-1].startswith("sample.py: ")
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "last.pt"]
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -972,12 +973,14 @@ def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(
     assert status == 2 and "a new folder" in err.splitlines()[-1] and files() == found
 
 
-def test_training_on_a_folder(small, flowers, tmp_path, monkeypatch):
-    assert call(train, "--data", flowers, "--image-size", 16, "--steps", 2, "--batch-size", 8,
-                "--out", tmp_path / "out", monkeypatch=monkeypatch)[0] == 0
+def test_training_on_a_folder(small, flowers, tmp_path, monkeypatch, capsys):
+    argv = ["--data", flowers, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "out"]
+    assert call(train, *argv, "--image-size", 16, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     net, _ = sample.load(tmp_path / "out" / "last.pt")
     assert (net.image_size, net.channels, net.num_classes) == (16, 3, 3)
     assert sorted(os.listdir(tmp_path)) == ["flowers", "flowers-16px", "out"]
+    status, err = call(train, *argv, "--image-size", 8, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and "--image-size 16" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -1017,7 +1020,8 @@ def test_another_setting_on_the_same_out_is_refused_by_name(small, tmp_path, mon
     assert call(train, *argv, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for other in (["--lr", 1], ["--seed", 1], ["--tangent", "boundary"], ["--ema", 0.5],
-                  ["--warmup", 7], ["--model", "B/2"], ["--batch-size", 5], ["--steps", 2]):
+                  ["--warmup", 7], ["--cooldown", 0], ["--model", "B/2"], ["--batch-size", 5],
+                  ["--steps", 2]):
         status, err = call(train, *argv, *other, monkeypatch=monkeypatch, capsys=capsys)
         assert status == 2 and err.count("\n") == 1 and other[0] in err
     assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
