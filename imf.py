@@ -28,9 +28,9 @@ class Draws(NamedTuple):
 
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1, beta=1, class_dropout=0.1):
     """Draws for a batch shaped like x (B, C, H, W), on the generator's device (x's without one).
-    Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); r = t for the first half. Guidance: omega
-    on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), all times where r = t.
-    The class is dropped for about a tenth of the batch, all of it where r = t."""
+    Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); the first part, flow_matching, has r = t.
+    Guidance: omega on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), where
+    r = t all times. About the part class_dropout of the batch, all with r = t, loses its class."""
     B = len(x)
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
@@ -48,7 +48,7 @@ TANGENTS = ("v-head", "boundary", "conditional")
 def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """The loss of a batch x (B, C, H, W), y (B,), and {"loss_u", "loss_v"}: plain mean squares.
     net is a DiT, or a DDP around one. The loss itself is always close to 2 and says nothing, as
-    every sample pulls about equally hard; with a large norm_eps it is a plain mean square.
+    every sample pulls about equally hard; with a large norm_eps it is a mean square, scaled.
     tangent is the direction of du/dt: "v-head" (iMF), "boundary" (iMF without a head: u at r = t),
     or "conditional" (the original MeanFlow: the sample's own v_g). ValueError for any other."""
     if tangent not in TANGENTS:

@@ -282,13 +282,12 @@ def main():
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt)
-    make = functools.partial(batch, images, labels, args, rank, world)
-    prepare = functools.partial(ThreadPoolExecutor(1).submit, make)
-    ahead, stop = prepare(step), False  # the next batch is made while a step runs
+    load = functools.partial(ThreadPoolExecutor(1).submit, batch, images, labels, args, rank, world)
+    ahead, stop = load(step), False  # the next batch is made while a step runs
     sums, since = torch.zeros(3, device=device), (step, time.time())
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
-            (x, y, draws), ahead = ahead.result(), prepare(step + 1)
+            (x, y, draws), ahead = ahead.result(), load(step + 1)
             losses = 0
             for k in range(args.accum):
                 part = slice(k, None, args.accum)
