@@ -29,8 +29,8 @@ class Draws(NamedTuple):
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1, beta=1, class_dropout=0.1):
     """Draws for a batch shaped like x (B, C, H, W), on the generator's device (x's without one).
     Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); the first part, flow_matching, has r = t.
-    Guidance: omega on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), where
-    r = t all times. About the part class_dropout of the batch, all with r = t, loses its class."""
+    Guidance: omega on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), but 0 to
+    1 where r = t. About the part class_dropout of the batch, all with r = t, loses its class."""
     B = len(x)
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)

@@ -11,7 +11,6 @@ Image i depends on (seed, i) alone, not on the number of images or of processes.
 
 import argparse, contextlib, datetime, glob, os, shutil, signal, sys, time, warnings
 import zipfile, zlib
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +139,7 @@ def load(path, device="cpu"):
     with blame(f"cannot use {path} as weights of iMF"):
         if "ema" in saved:
             info = {"vae": "none", **saved["settings"], "step": saved["step"]}
-            net = model.from_state(saved["ema"], index(info["image_size"]))
+            net = model.from_state(saved["ema"], int.__index__(info["image_size"]))
         else:
             net, info = model.from_official(saved), {"vae": VAE}
         if not all(p.isfinite().all() for p in net.parameters()):

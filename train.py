@@ -12,7 +12,6 @@ on where it stopped and ends in the same weights; so does any number of processe
 import argparse, contextlib, copy, fcntl, functools, hashlib, itertools, json, math, os, resource
 import signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +90,8 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     source = hashlib.sha256(str(size).encode())
     for weight in vae.parameters() if vae else ():
         source.update(weight.cpu().numpy())
-    for path in paths:
-        facts = os.path.relpath(path, folder), os.path.getsize(path), os.stat(path).st_mtime_ns
+    for path, stat in zip(paths, map(os.stat, paths)):
+        facts = os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns
         source.update(repr(facts).encode())
 
     cache = Path(cache, source.hexdigest()[:12])
@@ -258,7 +257,8 @@ def main():
                     raise Fault(f"{out} was made with {flag}, not {value}: choose another --out")
             for name, state in states.items():
                 state.load_state_dict(saved.pop(name))
-            step, skipped, logged = (index(saved[k]) for k in ("step", "skipped", "logged"))
+            step, skipped, logged = (
+                int.__index__(saved[name]) for name in ("step", "skipped", "logged"))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")  # held until it is closed, at the end
@@ -331,8 +331,9 @@ def main():
             if args.fid_ref and (step % args.fid_every == 0 or end):
                 drawn = draw(range(args.fid_num)[rank::world], range(num_classes))
                 features, logits = fid.extract(inception, drawn, args.fid_num, "fid", rank, world)
-                record["fid"] = fid.frechet_distance(*fid.moments(features), *reference)
-                record["inception_score"] = fid.inception_score(logits)[0]
+                if rank == 0:
+                    record["fid"] = fid.frechet_distance(*fid.moments(features), *reference)
+                    record["inception_score"] = fid.inception_score(logits)[0]
                 since = step, time.time()
             if record and rank == 0:
                 record = {k: v if math.isfinite(v) else None for k, v in record.items()}
