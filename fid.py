@@ -1,229 +1,294 @@
 """The scores that papers report: FID, Inception Score, improved precision and recall.
 
-    python fid.py out/last.pt stats.npz --omega 2 4 --interval 0 1 --interval 0.4 0.6
-    python fid.py images/ more.npz             precision and recall as well
-    python fid.py photos/ --save stats.npz     statistics to compare with
+    python fid.py iMF-XL-2.pth stats.npz --omega 4 8     50,000 samples for each guidance scale
+    python fid.py images/ photos/                        precision and recall as well
+    python fid.py photos/ --save stats.npz               statistics to compare with later
 
-A, B: folders of images, .npz of images (arr_0) or of statistics (mu, sigma), or checkpoints.
-"""
+A and B: folders of images, .npz of images (arr_0) or of statistics (mu, sigma), or checkpoints."""
 
-import argparse, functools, itertools, os, sys
+import os, sys
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import sample
-from sample import Fault, blame, number
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
+AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
-# The Inception of 2015-12-05. Branches are chains of convolutions and pools, their outputs side
-# by side; / is stride 2 and - stride 1, both without padding; | splits the end of a branch.
-STEM = ("1a_3x3/ 2a_3x3- 2b_3x3 max/ 3b_1x1 4a_3x3- max/",)
-A = "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "avg _pool"
-B = "3x3/", "3x3dbl_1 3x3dbl_2 3x3dbl_3/", "max/"
-C = "1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "avg _pool"
-D = "3x3_1 3x3_2/", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4/", "max/"
-E = "1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b"
-BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D,
-          "7b": (*E, "avg _pool"), "7c": (*E, "max _pool")}
-STAGES = {"Conv2d_": STEM} | {f"Mixed_{name}_branch": block for name, block in BLOCKS.items()}
+
+def convolution(channels, out_channels, kernel_size, stride=1, padding="same"):
+    conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=False)
+    norm = nn.BatchNorm2d(out_channels, eps=0.001)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side: each a list of steps, {name: arguments of its convolution}. Two
+    convolutions in one step read the same input. An empty branch is the pool itself."""
+
+    def __init__(self, channels, pool, *branches):
+        super().__init__()
+        self.pool, self.branches = pool, branches
+        for branch in branches:
+            width = channels
+            for step in branch:
+                for name, sizes in step.items():
+                    self.add_module(name, convolution(width, *sizes))
+                width = sizes[0]
+
+    def forward(self, x):
+        outputs = []
+        for branch in self.branches:
+            y = self.pool(x) if not branch or "branch_pool" in branch[0] else x
+            for step in branch:
+                y = torch.cat([self.get_submodule(name)(y) for name in step], 1)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+
+def chain(name, *sizes):
+    return [{f"{name}_{i}": size} for i, size in enumerate(sizes, 1)]
+
+
+def mixed_5(channels, pool_channels):
+    return Mixed(
+        channels, AVERAGE, [{"branch1x1": (64, 1)}], chain("branch5x5", (48, 1), (64, 5)),
+        chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)), [{"branch_pool": (pool_channels, 1)}])
+
+
+def mixed_6(n):
+    row, column = (1, 7), (7, 1)
+    return Mixed(
+        768, AVERAGE, [{"branch1x1": (192, 1)}],
+        chain("branch7x7", (n, 1), (n, row), (192, column)),
+        chain("branch7x7dbl", (n, 1), (n, column), (n, row), (n, column), (192, row)),
+        [{"branch_pool": (192, 1)}])
+
+
+def mixed_7(channels, pool):
+    row, column = (384, (1, 3)), (384, (3, 1))
+    return Mixed(
+        channels, pool, [{"branch1x1": (320, 1)}],
+        [{"branch3x3_1": (384, 1)}, {"branch3x3_2a": row, "branch3x3_2b": column}],
+        [{"branch3x3dbl_1": (448, 1)}, {"branch3x3dbl_2": (384, 3)},
+         {"branch3x3dbl_3a": row, "branch3x3dbl_3b": column}],
+        [{"branch_pool": (192, 1)}])
+
+
+class Inception(nn.Module):
+    """The Inception of 2015-12-05; its modules have the names of the published state dict.
+    Images uint8 (B, 3, H, W) -> features (B, 2048) and logits (B, 1008) without the bias."""
+
+    def __init__(self, weights=None):
+        """weights: the path of the state dict; None downloads it. Raises ValueError."""
+        super().__init__()
+        self.Conv2d_1a_3x3 = convolution(3, 32, 3, 2, 0)
+        self.Conv2d_2a_3x3 = convolution(32, 32, 3, 1, 0)
+        self.Conv2d_2b_3x3 = convolution(32, 64, 3)
+        self.pool_1 = nn.MaxPool2d(3, 2)
+        self.Conv2d_3b_1x1 = convolution(64, 80, 1)
+        self.Conv2d_4a_3x3 = convolution(80, 192, 3, 1, 0)
+        self.pool_2 = nn.MaxPool2d(3, 2)
+        self.Mixed_5b, self.Mixed_5c = mixed_5(192, 32), mixed_5(256, 64)
+        self.Mixed_5d = mixed_5(288, 64)
+        self.Mixed_6a = Mixed(
+            288, nn.MaxPool2d(3, 2), [{"branch3x3": (384, 3, 2, 0)}],
+            chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)), [])
+        self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
+        self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
+        self.Mixed_7a = Mixed(
+            768, nn.MaxPool2d(3, 2), chain("branch3x3", (192, 1), (320, 3, 2, 0)),
+            chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)), [])
+        self.Mixed_7b = mixed_7(1280, AVERAGE)
+        self.Mixed_7c = mixed_7(2048, nn.MaxPool2d(3, 1, 1))
+        self.fc = nn.Linear(2048, 1008)
+
+        with sample.error_context(f"no Inception in {weights or URL} (--inception FILE)"):
+            state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", check_hash=True, weights_only=True)
+            self.load_state_dict(state)
+        self.eval().to(memory_format=torch.channels_last)  # the faster layout
+
+    @torch.no_grad()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    def forward(self, images):
+        x = (resize(torch.as_tensor(images, device=self.fc.weight.device)) - 128) / 128
+        *layers, fc = self.children()
+        for layer in layers:
+            x = layer(x)
+        features = x.mean((2, 3))
+        return features, F.linear(features, fc.weight)
+
 
 def resize(images):
     """(B, 1 or 3, H, W) to (B, 3, 299, 299) as TensorFlow 1 did: pixel i from i * size / 299."""
     x = F.pad(images.expand(-1, 3, -1, -1).float(), (0, 1, 0, 1), "replicate")
     return F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
 
-class Inception(torch.nn.Module):
-    """Images uint8 (B, 3, H, W) -> features (B, 2048) and logits (B, 1008) without the bias."""
-
-    def __init__(self, weights=None):
-        """weights: the path of the state dict; None downloads it. Raises Fault if it is none."""
-        super().__init__()
-        with blame(f"no Inception in {weights or URL} (--inception FILE names a copy)"):
-            state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
-                URL, map_location="cpu", check_hash=True, weights_only=True)
-            for name, value in state.items():
-                self.register_buffer(name.replace(".", "_"), value)
-            self.eval().to(memory_format=torch.channels_last)  # which is faster
-            if [x.isfinite().sum() for x in self(torch.zeros(1, 3, 8, 8))] != [2048, 1008]:
-                raise ValueError("other sizes, or not finite")
-
-    def layer(self, stage, x, name):
-        if "|" in name:
-            return torch.cat([self.layer(stage, x, part) for part in name.split("|")], 1)
-        stride, padded = (2, False) if name[-1] == "/" else (1, name[-1] != "-")
-        name = name.rstrip("/-")
-        if name == "max":
-            return F.max_pool2d(x, 3, stride, int(padded))
-        if name == "avg":
-            return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        weight, *norm = (getattr(self, f"{stage}{name}_{end}") for end in (
-            "conv_weight", "bn_running_mean", "bn_running_var", "bn_weight", "bn_bias"))
-        x = F.conv2d(x, weight, None, stride, "same" if padded else "valid")
-        return F.relu_(F.batch_norm(x, *norm, eps=1e-3))
-
-    @torch.no_grad()
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    def forward(self, images):
-        x = (resize(torch.as_tensor(images, device=self.fc_weight.device)) - 128) / 128
-        for stage, branches in STAGES.items():
-            layer = functools.partial(self.layer, stage)
-            x = torch.cat([functools.reduce(layer, branch.split(), x) for branch in branches], 1)
-        x = x.mean((2, 3), keepdim=True)
-        return x.flatten(1), F.conv2d(x, self.fc_weight[:, :, None, None]).flatten(1)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): mu (D,), sigma (D, D)."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(s, np.float64) for s in (mu1, sigma1, mu2, sigma2))
-    # sigma1 = L L^T, pivoted as it may be singular; L^T sigma2 L has sigma1 sigma2's eigenvalues
+
+    # sigma1 = L L^T, pivoted as it may be singular: L^T sigma2 L has the eigenvalues of
+    # sigma1 sigma2 and is symmetric; the trace of a root is the sum of their roots
     L, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=True)
     L = np.tril(L)[pivots.argsort(), :rank]
     roots = np.linalg.eigvalsh(L.T @ sigma2 @ L).clip(0) ** 0.5
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * roots.sum()
-    return float(np.maximum(distance, 0))  # rounding may lead below; NaN stays
+    return float(np.maximum(distance, 0))  # rounding may lead below zero; NaN stays NaN
+
 
 def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
-    p, n = logits.double().softmax(1).numpy(), min(splits, len(logits))
-    parts = [p[i * len(p) // n:(i + 1) * len(p) // n] for i in range(n)]
-    scores = [np.exp(scipy.special.rel_entr(q, q.mean(0)).sum(1).mean()) for q in parts]
+    p, splits = logits.double().softmax(1).numpy(), min(splits, len(logits))
+    parts = np.split(p, [i * len(p) // splits for i in range(1, splits)])
+    scores = [np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()) for part in parts]
     return np.mean(scores), np.std(scores)
 
+
 def precision_recall(generated, real, k=3):
-    """(precision, recall), shares near the other set: features (N, D), more than k of each."""
-    def share(x, y):  # of x within the reach, to its k-th neighbour, of some y; in blocks
+    """(precision, recall), the fractions of one set within the manifold of the other: the union of
+    the balls from each of its points to the k-th neighbour. Features (N, D), N > k."""
+    def fraction(x, y):
         x, y = x.double(), y.double()
-        reach = torch.cat([torch.cdist(p, y).topk(k + 1, largest=False)[0][:, k]
-                           for p in y.split(1000)])
-        return sum((torch.cdist(p, y) <= reach).any(1).sum().item() for p in x.split(1000)) / len(x)
-    return share(generated, real), share(real, generated)
+        radius = torch.cat([torch.cdist(part, y).topk(k + 1, largest=False).values[:, k]
+                            for part in y.split(1000)])
+        inside = [(torch.cdist(part, y) <= radius).any(1) for part in x.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return fraction(generated, real), fraction(real, generated)
+
 
 def moments(features):
-    """(mu, sigma) of features (N, D), float64."""
+    """(mu, sigma) of features (N, D), in float64."""
     mu = features.mean(0, dtype=torch.float64)
     centred = (part.double() - mu for part in features.split(1000))
     return mu, sum(part.T @ part for part in centred) / (len(features) - 1)
 
+
 def extract(inception, batches, num, name="", rank=0, world=1):
-    """Features (num, 2048) and, shuffled, logits (num, 1008), on the CPU of every process, from
-    batches (b, 1 or 3, H, W) of its own share range(num)[rank::world]. Raises Fault."""
-    rows, n = torch.from_numpy(np.zeros((num, 2048 + 1008), np.float32)), 0  # or a MemoryError
-    with tqdm(total=-(-num // world), desc=name, unit=" images", disable=rank or not num) as bar:
+    """Features (num, 2048) and logits (num, 1008), on the CPU of every process. Raises ValueError.
+    batches: images (b, 1 or 3, H, W), of process k of n the images range(num)[k::n]."""
+    found = [torch.empty(0, 2048 + 1008)]
+    with tqdm(total=num, desc=name, unit=" images", disable=rank > 0 or not num) as bar:
         for images in batches:
-            rows[rank::world][n:n + len(images)] = torch.cat(inception(images), 1)
-            n += len(images)
-            bar.update(len(images))
-    features, logits = sample.total(rows).split((2048, 1008), 1)
+            found.append(torch.cat(inception(images), 1).cpu())
+            bar.update(len(images) * world)
+    rows = torch.empty(num, 2048 + 1008)
+    for k, share in enumerate(sample.everyone(torch.cat(found))):
+        rows[k::world] = share
     if not rows.isfinite().all():
-        raise Fault("features are not finite: the weights of the Inception are others")
-    return features, logits[np.random.RandomState(2020).permutation(num)]  # as in torch-fidelity
+        raise ValueError("features are not finite: these are not the Inception weights expected")
+    order = np.random.RandomState(2020).permutation(num)  # for the IS's splits, as torch-fidelity
+    return rows[:, :2048], rows[order, 2048:]
 
-def warn(what, num):
-    """Says on stderr why scores from few images compare with nothing."""
-    if 0 < num < 10_000 and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {what}: {num} images. FID falls as the number grows, papers take 50,000; "
-              "up to 2,048, as many as features, the covariance is singular", file=sys.stderr)
 
-def stored(path):
-    """Yields ((mu, sigma) or None, number of images) of an .npz, then each image uint8 (H, W, 3).
-    mu and sigma may be called ref_mu, ref_sigma. Raises Fault."""
-    with blame(f"{path}: expected arr_0 or mu, sigma"), np.load(path, allow_pickle=False) as npz:
-        names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
-        known = [npz[name] for name in names]
-        shapes = [x.shape for x in known if np.isfinite(x).all()]
-        if known and (shapes != [(2048,), (2048, 2048)] or known[1].diagonal().min() < 0):
-            raise ValueError(f"{names} are not of 2048 features, or not finite")
-        if "num" in npz:
-            warn(path, int(npz["num"]))
-        if known and "arr_0" not in npz:
-            return (yield known, 0)
-        file = npz.zip.open("arr_0.npy")
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
-        yield known or None, shape[0]
-        for _ in range(shape[0]):
-            yield np.frombuffer(file.read(np.prod(shape[1:])), np.uint8).reshape(shape[1:])
+def read_statistics(path):
+    """(mu, sigma) of an .npz, also named ref_mu, ref_sigma; None without. Raises ValueError."""
+    with sample.error_context(f"{path}: expected images arr_0, or mu and sigma of 2048 features"):
+        with np.load(path, allow_pickle=False) as npz:
+            names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
+            found = [npz[name] for name in names]
+        shapes = [x.shape for x in found if np.isfinite(x).all()]
+        if found and (shapes != [(2048,), (2048, 2048)] or found[1].diagonal().min() < 0):
+            raise ValueError(f"{names} have other shapes, or values that cannot be")
+        return found or None
 
-def batches(images, device):
-    """Yields tensors (b, 3, 299, 299) of images, arrays (H, W, 3) or files, 32 at a time."""
+
+def read_images(path):
+    """The images uint8 (N, H, W, 3) of an .npz, its arr_0; N = 0 without. Raises ValueError."""
+    with sample.error_context(f"{path}: expected arr_0, uint8 (N, H, W, 3)"):
+        with np.load(path, allow_pickle=False) as npz:
+            images = npz["arr_0"] if "arr_0" in npz else np.empty((0, 1, 1, 3), np.uint8)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"it is {images.dtype} {images.shape}")
+        return images
+
+
+def read_batches(images, device):
+    """Yields tensors (b, 3, 299, 299) of files or of arrays (H, W, 3), 32 at a time."""
     def tensor(image):
         if isinstance(image, str):
-            with blame(f"{image} is damaged or no image"):
+            with sample.error_context(f"{image} is damaged or no image"):
                 image = np.array(sample.open_image(image))
-        return torch.tensor(image, device=device).permute(2, 0, 1)[None]
+        return resize(torch.tensor(image, device=device).permute(2, 0, 1)[None])
 
-    images = iter(images)
     with ThreadPoolExecutor() as pool:
-        while part := list(itertools.islice(images, 32)):
-            yield torch.cat([resize(x) for x in pool.map(tensor, part)])
+        for start in range(0, len(images), 32):
+            yield torch.cat(list(pool.map(tensor, images[start:start + 32])))
 
-def side(path, args, device, rank, world):
-    """((mu, sigma) or None, number of images, [(setting, batches), ...]) of A or B, or a Fault."""
+
+def open_side(path, args, device, rank, world):
+    """((mu, sigma) or None, number of images, [(setting, batches), ...]) of A or B: a checkpoint
+    has a setting for each guidance scale. Raises ValueError."""
+    statistics = None
     if os.path.isdir(path):
-        paths = sample.files(path)
-        return None, len(paths), [({}, batches(paths[rank::world], device))]
-    if path.endswith(".npz"):
-        known, num = next(images := stored(path))
-        return known, num, [({}, batches(itertools.islice(images, rank, None, world), device))]
-    net, vae, settings = sample.prepare(path, args, device)
-    given = net, range(args.num)[rank::world], range(net.num_classes), args.seed, vae
-    return None, args.num, [(row, sample.generate(*given, **row)) for row in settings]
+        images = sample.files(path)
+    elif path.endswith(".npz"):
+        statistics, images = read_statistics(path), read_images(path)
+    else:
+        net, vae, settings = sample.prepare(path, args, device)
+        given = net, range(args.num)[rank::world], range(net.num_classes), args.seed, vae
+        return None, args.num, [(row, sample.generate(*given, **row)) for row in settings]
+    if len(images) < 2 and not (statistics and args.B):
+        raise ValueError(f"{path}: {len(images)} images, expected two at least")
+    return statistics, len(images), [({}, read_batches(images[rank::world], device))]
+
 
 def main():
-    p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("A", help="what is judged")
-    p.add_argument("B", nargs="?", help="what it is compared with; without, IS alone")
-    p.add_argument("--num", type=number(int, 2), default=50_000, help="images to draw; 50000")
-    p.add_argument("--save", metavar="FILE.npz", help="keep A's statistics, of several the last")
-    p.add_argument("--inception", metavar="FILE", help="its state dict; default: downloaded once")
-    sample.options(p.add_argument)
-    args = p.parse_args()
-    if args.save and (not args.save.endswith(".npz") or os.path.isdir(args.save)):
-        raise Fault(f"--save {args.save}: expected the name of a file that ends in .npz")
-    os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
+    parser = sample.command_line(__doc__)
+    flag = parser.add_argument
+    flag("A", help="what is judged")
+    flag("B", nargs="?", help="what it is compared with; without B: the Inception Score alone")
+    flag("--num", type=sample.number(int, 2), default=50_000, help="images to sample; 50000")
+    flag("--save", metavar="FILE.npz", help="keep A's statistics (of several scales the last)")
+    flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
+    sample.sampling_options(flag)
+    args = parser.parse_args()
     device, rank, world = sample.join(args.device)
-    sides = [side(path, args, device, rank, world) for path in (args.A, args.B) if path]
-    for path, (known, num, _) in zip((args.A, args.B), sides):
-        if num < 2 and not (known and args.B):
-            raise Fault(f"{path}: {num} images, expected more, or mu and sigma to compare with B")
-        warn(path, num)
-    if args.B and len(sides[1][2]) > 1:
-        raise Fault(f"{args.B}: B is one set; several --omega, --interval or --steps are for A")
-    inception = Inception(args.inception).to(device) if any(s[1] for s in sides) else None
+    sides = [open_side(path, args, device, rank, world) for path in (args.A, args.B) if path]
+    inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
 
-    reference, real, lines = None, (), []
-    for reference, num, [(_, images), *_] in sides[1:]:  # B, if there is one
+    # B: its features, and its statistics unless it brings them
+    real, reference = (), None
+    if args.B:
+        reference, num, [(_, images), *_] = sides[1]
         real, _ = extract(inception, images, num, args.B, rank, world)
         reference = reference or moments(real)
-    known, num, tasks = sides[0]
-    for result, images in tasks:  # the setting, to which the scores are added
+
+    # A: a line of scores for each setting
+    statistics, num, settings = sides[0]
+    for scores, images in settings:
         features, logits = extract(inception, images, num, args.A, rank, world)
-        if rank:
+        if rank > 0:
             continue
-        found = known or moments(features)
+        mu, sigma = statistics or moments(features)
         if reference:
-            result["fid"] = frechet_distance(*found, *reference)
+            scores["fid"] = frechet_distance(mu, sigma, *reference)
         if num:
-            result["is"], result["is_std"] = inception_score(logits)
+            scores["is"], scores["is_std"] = inception_score(logits)
         if min(num, len(real)) > 3:
-            where = device if device.type == "cuda" else "cpu"  # mps has no float64
-            near = precision_recall(features.to(where), real.to(where))
-            result |= zip(("precision", "recall"), near)
-        lines.append((result.get("fid"), "  ".join(f"{k} {v:.7g}" for k, v in result.items())))
-        print(lines[-1][1], flush=True)
+            if device.type == "cuda":
+                features, real = features.to(device), real.to(device)
+            scores["precision"], scores["recall"] = precision_recall(features, real)
+        print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()), flush=True)
         if args.save:
             with sample.atomic(args.save) as file:
-                np.savez(file, mu=found[0], sigma=found[1], num=num)
-    if len(lines) > 1 and args.B:
-        print("best: " + min(lines)[1])
+                np.savez(file, mu=mu, sigma=sigma)
+    few = [num for _, num, _ in sides if 0 < num < 10_000]
+    if rank == 0 and few:
+        print(f"{few[0]} images: FID falls as their number grows, papers take 50,000",
+              file=sys.stderr)
+
 
 if __name__ == "__main__":
     sample.run(main)

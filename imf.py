@@ -5,9 +5,8 @@
     u = v - (t - r) du/dt                    the MeanFlow identity
 
 MeanFlow regresses u on that right-hand side, which contains u itself. Improved MeanFlow regresses
-V = u + (t - r) sg[du/dt] on v: an ordinary regression, since the direction of du/dt is the
-network's own velocity and V so depends on (z_t, r, t) alone.
-"""
+V = u + (t - r) sg[du/dt] on v (sg: no gradient). The direction of du/dt is the network's own
+velocity, so V depends on (z_t, r, t) alone, and this is an ordinary regression."""
 
 from typing import NamedTuple
 
@@ -15,95 +14,140 @@ import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+MAX_OMEGA = 8  # the largest guidance scale in training
+TANGENTS = ("v-head", "boundary", "conditional")
+
+
 class Draws(NamedTuple):
-    """The random numbers of one training step. The samples with r = t (flow matching) are first."""
+    """The random numbers of one training step. The flow-matching samples, r = t, come first."""
 
     noise: torch.Tensor  # e, (B, C, H, W)
-    t: torch.Tensor  # (B,), as all that follow
+    t: torch.Tensor  # (B,), like all below
     r: torch.Tensor
     omega: torch.Tensor  # guidance scale, and the interval [t_min, t_max] in which it acts
     t_min: torch.Tensor
     t_max: torch.Tensor
     drop: torch.Tensor  # bool: this sample loses its class
 
+
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1, beta=1, class_dropout=0.1):
-    """Draws for a batch shaped like x (B, C, H, W), on the generator's device (x's without one).
-    Time: two logit-normals, sigmoid(N(t_mean, t_std^2)); the first part, flow_matching, has r = t.
-    Guidance: omega on [1, 8] with density omega^-beta; the interval U(0, .5) to U(.5, 1), but 0 to
-    1 where r = t. About the part class_dropout of the batch, all with r = t, loses its class."""
-    B = len(x)
-    device = x.device if generator is None else generator.device
+    """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's.
+
+    t and r are logit-normal, sigmoid(N(t_mean, t_std^2)); the first `flow_matching` fraction has
+    r = t. omega has the density omega^-beta on [1, MAX_OMEGA]. About the fraction `class_dropout`
+    of the batch, all of it with r = t, loses its class."""
+    B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
-    r, t = torch.sigmoid(t_mean + t_std * normals).sort(0)[0]
-    a, b, c, d = torch.rand(4, B, generator=generator, device=device)
-    omega = 8**a if beta == 1 else (1 + a * (8 ** (1 - beta) - 1)) ** (1 / (1 - beta))
-    i = torch.arange(B, device=device)
-    fm = i < int(B * flow_matching)
-    return Draws(noise, t, torch.where(fm, t, r), omega, torch.where(fm, 0, b / 2),
-                 torch.where(fm, 1, (1 + c) / 2), fm & (i < (d < class_dropout).sum()))
+    uniform = torch.rand(4, B, generator=generator, device=device)
 
-TANGENTS = ("v-head", "boundary", "conditional")
+    # the larger of the two times is t
+    r, t = torch.sigmoid(t_mean + t_std * normals).sort(0).values
+    index = torch.arange(B, device=device)
+    matching = index < int(B * flow_matching)
+
+    # omega by the inverse of its cumulative distribution; flow matching is guided at all times
+    omega = MAX_OMEGA ** uniform[0]
+    if beta != 1:
+        omega = (1 + uniform[0] * (MAX_OMEGA ** (1 - beta) - 1)) ** (1 / (1 - beta))
+    t_min = torch.where(matching, 0, uniform[1] / 2)
+    t_max = torch.where(matching, 1, (1 + uniform[2]) / 2)
+    dropped = (uniform[3] < class_dropout).sum()
+    return Draws(noise, t, torch.where(matching, t, r), omega, t_min, t_max,
+                 matching & (index < dropped))
+
 
 def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
-    """The loss of a batch x (B, C, H, W), y (B,), and {"loss_u", "loss_v"}: plain mean squares.
-    net is a DiT, or a DDP around one. The loss itself is always close to 2 and says nothing, as
-    every sample pulls about equally hard; with a large norm_eps it is a mean square, scaled.
-    tangent is the direction of du/dt: "v-head" (iMF), "boundary" (iMF without a head: u at r = t),
-    or "conditional" (the original MeanFlow: the sample's own v_g). ValueError for any other."""
+    """The loss of clean data x (B, C, H, W) with classes y (B,), and {"loss_u", "loss_v"}.
+
+    net is a DiT, or a DDP around one. tangent is the direction of du/dt: "v-head" (iMF),
+    "boundary" (iMF without that head: u at r = t) or "conditional" (the original MeanFlow: v_g).
+    The loss is always close to 2 and says nothing, as each squared error is divided by itself plus
+    norm_eps; loss_u and loss_v are the mean squared errors of V and v. Raises ValueError."""
     if tangent not in TANGENTS:
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
-    e, t, r, omega, t_min, t_max, drop = (d.to(x.device) for d in draws)
-    col = (-1, 1, 1, 1)  # (B,) as a factor of (B, C, H, W)
+
+    # the samples with r < t and the guided ones, found where the draws are: on the CPU, no stall
+    inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
+    guided = inside & (draws.omega != 1) & ~draws.drop
+    jvp_rows, guided_rows, inside, e, t, r, omega, t_min, t_max, drop = (
+        values.to(x.device, non_blocking=True) for values in (
+            (draws.r < draws.t).nonzero()[:, 0], guided.nonzero()[:, 0], inside, *draws))
+    omega_inside = torch.where(inside, omega, 1)  # omega'
     y = torch.where(drop, dit.num_classes, y)
-    omega_ = torch.where((t_min <= t) & (t <= t_max), omega, 1)  # omega': no guidance outside
-    zero, one = torch.zeros_like(t), torch.ones_like(t)
 
-    z = (1 - t.view(col)) * x + t.view(col) * e
-    u, v = net(z, t - r, omega, t_min, t_max, y)  # the only pass that autograd sees
+    # z_t, and the only pass that autograd sees
+    z = (1 - column(t)) * x + column(t) * e
+    u, v = net(z, t, t - r, omega, t_min, t_max, y)
 
     with torch.no_grad():
-        def at_r_equal_t(branch, i, omega, y):  # h = 0, always guided; omega, y are those of i
-            return branch(z[i], zero[i], omega, zero[i], one[i], y)
+        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u); where r = t, v is v_c already
+        v_c = v.clone()
+        v_c[jvp_rows] = velocity(dit.v, jvp_rows, z, t, omega_inside, y)
+        v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, e - x)
 
-        m = (r < t).nonzero()[:, 0]  # where du/dt counts; elsewhere v is v_c already
-        v_c = v.detach().clone()
-        v_c[m] = at_r_equal_t(dit.v, m, omega_[m], y[m])
-
-        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), which is e - x outside of g
-        g = ((omega_ != 1) & ~drop).nonzero()[:, 0]
-        v_u = at_r_equal_t(dit.v, g, one[g], torch.full_like(g, dit.num_classes))
-        v_g = e - x
-        v_g[g] += (1 - 1 / omega_[g]).view(col) * (v_c[g] - v_u)
-
-        # du/dt is the JVP along (dz, dh) = (v_theta, 1)
+        # du/dt along (dz, dt) = (v_theta, 1), zero where r = t
         if tangent == "v-head":
-            dz = v_c[m]
+            v_theta = v_c[jvp_rows]
         elif tangent == "boundary":
-            dz = at_r_equal_t(dit.u, m, omega_[m], y[m])
+            v_theta = velocity(dit.u, jvp_rows, z, t, omega_inside, y)
         else:
-            dz = v_g[m]
-        with dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no tangents
-            u_ = dit.u(make_dual(z[m], dz), make_dual((t - r)[m], one[m]),
-                       omega[m], t_min[m], t_max[m], y[m])
-            du_dt = unpack_dual(u_).tangent
+            v_theta = v_g[jvp_rows]
+        du_dt = total_derivative(dit, jvp_rows, v_theta, z, t, r, omega, t_min, t_max, y)
 
-    V = u.index_add(0, m, (t - r)[m].view(col) * du_dt)  # V = u + (t - r) sg[du/dt]
-    loss = 0
-    for prediction in (V, v):  # each s / sg[s + eps]
-        s = (prediction - v_g).square().flatten(1).sum(1)
-        loss = loss + (s / (s + norm_eps).detach()).mean()
-    with torch.no_grad():
-        return loss, {"loss_u": (V - v_g).square().mean(), "loss_v": (v - v_g).square().mean()}
+    V = u + column(t - r) * du_dt
+    loss = weighted_error(V, v_g, norm_eps) + weighted_error(v, v_g, norm_eps)
+    return loss, {"loss_u": (V - v_g).detach().square().mean(),
+                  "loss_v": (v - v_g).detach().square().mean()}
+
+
+def column(scalars):
+    """(B,) as (B, 1, 1, 1): one factor for each image."""
+    return scalars.view(-1, 1, 1, 1)
+
+
+def velocity(branch, rows, z, t, omega, y):
+    """The velocity at z_t in these rows: u or v at h = 0, guided by omega at all times."""
+    zero = torch.zeros_like(t[rows])
+    return branch(z[rows], t[rows], zero, omega[rows], zero, zero + 1, y[rows])
+
+
+def guided_velocity(dit, rows, z, t, omega_inside, v_c, v):
+    """v_g, the target of the regression: v = e - x, in these rows guided away from v_u."""
+    no_class = torch.full(t.shape, dit.num_classes, device=t.device)
+    v_u = velocity(dit.v, rows, z, t, torch.ones_like(t), no_class)
+    v_g = v.clone()
+    v_g[rows] += column(1 - 1 / omega_inside[rows]) * (v_c[rows] - v_u)
+    return v_g
+
+
+def total_derivative(dit, rows, v_theta, z, t, r, omega, t_min, t_max, y):
+    """du/dt (B, C, H, W) along the flow: in these rows a JVP with the tangents (v_theta, 1, 1) of
+    (z, t, h = t - r); elsewhere r = t, where it does not count, and 0."""
+    du_dt, one = torch.zeros_like(z), torch.ones_like(t[rows])
+    with dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+        u = dit.u(make_dual(z[rows], v_theta), make_dual(t[rows], one),
+                  make_dual((t - r)[rows], one), omega[rows], t_min[rows], t_max[rows], y[rows])
+        du_dt[rows] = unpack_dual(u).tangent
+    return du_dt
+
+
+def weighted_error(prediction, target, norm_eps):
+    """The mean of s / sg[s + norm_eps], s being a sample's squared error: all pull about alike."""
+    s = (prediction - target).square().flatten(1).sum(1)
+    return (s / (s + norm_eps).detach()).mean()
+
 
 @torch.no_grad()
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):
-    """Images x from noise (B, C, H, W) and classes y (B,), in `steps` evaluations of u.
+    """Images from noise (B, C, H, W) and classes y (B,), in `steps` evaluations of u.
     omega, t_min, t_max are numbers or (B,) tensors, free at every call."""
-    omega, t_min, t_max = (torch.as_tensor(c, dtype=noise.dtype, device=noise.device).expand(len(y))
-                           for c in (omega, t_min, t_max))
+    conditions = (torch.as_tensor(value, dtype=noise.dtype, device=noise.device).expand(len(y))
+                  for value in (omega, t_min, t_max))
+    omega, t_min, t_max = conditions
     z, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
-        z = z - (t - r) * net.u(z, torch.full_like(omega, t - r), omega, t_min, t_max, y)
+        h = torch.full_like(omega, t - r)
+        z = z - (t - r) * net.u(z, torch.full_like(omega, t), h, omega, t_min, t_max, y)
     return z

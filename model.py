@@ -4,10 +4,11 @@
     trunk      depth - head_depth blocks, shared
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
-It never sees the time t itself, only h = t - r. To sample, the v-head is not needed.
-"""
+The blocks are not told t, only h = t - r: they infer the noise level from z_t. Sampling needs no
+v-head."""
 
-import math
+import functools, math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,23 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-def rotations(n, dim, device):
-    """(cos, sin) of the angles index * 10000^(-2 k / dim), (n, dim / 2, 2)."""
-    theta = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.arange(n, device=device, dtype=torch.float32)[:, None] * theta
+
+def rotations(n, head_dim, device):
+    """The angles index * 10000^(-2 k / head_dim) as (cos, sin), float32 (n, head_dim / 2, 2)."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angles = torch.arange(n, device=device)[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), -1)
 
+
 def rotate(x, rotary):
-    """Rotary embedding of x (..., n, dim): the pairs (0, 1), (2, 3), ... turn by their angles."""
-    x = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # complex numbers are quicker, but no code is made for them
+    """Rotary embedding of x (..., n, head_dim): the pairs (0, 1), (2, 3), ... are rotated."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler makes no code for complex numbers
         cos, sin = rotary.split(1, -1)
-        return (x * cos + x.flip(-1) * torch.cat((-sin, sin), -1)).flatten(-2)
-    x = torch.view_as_complex(x) * torch.view_as_complex(rotary)
-    return torch.view_as_real(x).flatten(-2)
+        return (pairs * cos + pairs.flip(-1) * torch.cat((-sin, sin), -1)).flatten(-2)
+    product = torch.view_as_complex(pairs) * torch.view_as_complex(rotary)
+    return torch.view_as_real(product).flatten(-2)
+
 
 class Linear(nn.Linear):
     """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
@@ -38,13 +42,15 @@ class Linear(nn.Linear):
         Wx = super().forward(x)
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
 
+
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, written out where it is not the quickest (compiled) or has no JVP (on CUDA)."""
+    """nn.RMSNorm, written out where that is faster (compiled) or has no JVP (on CUDA)."""
 
     def forward(self, x):
         if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is None:
             return super().forward(x)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
 
 class Attention(nn.Module):
     def __init__(self, hidden_size, num_heads):
@@ -63,6 +69,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
+
 class SwiGLU(nn.Module):
     def __init__(self, hidden_size):
         super().__init__()
@@ -73,6 +80,7 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         w1x, w3x = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(w1x) * w3x)
+
 
 class Block(nn.Module):
     def __init__(self, hidden_size, num_heads):
@@ -87,14 +95,16 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
     def forward(self, x, dx, rotary):
-        """(x, dx) after the block. dx is a JVP's tangent, apart: compiled code knows no duals."""
+        """(x, dx) after the block; dx is the tangent of a JVP: compiled code takes no duals."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
-        return forward_ad.unpack_dual(x + self.mlp_scale * self.mlp(self.norm2(x)))
+        x = x + self.mlp_scale * self.mlp(self.norm2(x))
+        return forward_ad.unpack_dual(x)
+
 
 class ScalarEmbedder(nn.Module):
-    """A number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
+    """One number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -104,38 +114,43 @@ class ScalarEmbedder(nn.Module):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
 
-    def forward(self, s):
-        i = torch.arange(128, device=s.device, dtype=torch.float32)
-        angles = s[:, None] * torch.exp(-math.log(10000) / 128 * i)
+    def forward(self, scalar):
+        index = torch.arange(128, device=scalar.device)
+        angles = scalar[:, None] * torch.exp(-math.log(10000) / 128 * index)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))
 
-class FinalLayer(nn.Sequential):
-    def __init__(self, hidden_size, out_features):
-        super().__init__()
-        self.norm = RMSNorm(hidden_size, eps=1e-6)
-        self.linear = Linear(hidden_size, out_features)
-        for p in self.linear.parameters():
-            nn.init.zeros_(p)
+
+def final_layer(hidden_size, out_features):
+    linear = Linear(hidden_size, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(OrderedDict(norm=RMSNorm(hidden_size, eps=1e-6), linear=linear))
+
 
 class DiT(nn.Module):
-    """net(...) -> (u, v); net.u(...) -> u and net.v(...) -> v run one branch alone; float32, shaped
-    like x. Arguments: x (B, C, H, W); h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    is "no class". Raises ValueError for sizes that do not fit each other."""
+    """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
+
+    z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
+    being "no class". t is not used. Raises ValueError for sizes that do not fit."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size}: no multiple of {patch_size} up to 4095")
-        if hidden_size % (2 * num_heads) or not 0 <= head_depth <= depth:
-            raise ValueError(f"{hidden_size=}, {num_heads=}, {depth=}, {head_depth=} do not fit")
+            raise ValueError(f"image size {image_size} is no multiple of the patch's, {patch_size}")
+        if hidden_size % (2 * num_heads) or not 1 <= head_depth <= depth:
+            raise ValueError(f"{hidden_size=} {num_heads=} {depth=} {head_depth=} do not fit")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
-        self.checkpoint = False  # True: activation checkpointing, block by block
+        self.grad_checkpoint = False  # True: compute activations twice, to save memory
 
         def tokens(n):
             return nn.Parameter(torch.randn(n, hidden_size) / math.sqrt(hidden_size))
 
+        def blocks(n):
+            return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(n))
+
+        # each group of tokens is a learned sequence plus the embedding of its condition
         self.class_tokens, self.y_embedder = tokens(8), nn.Embedding(num_classes + 1, hidden_size)
         self.omega_tokens, self.omega_embedder = tokens(4), ScalarEmbedder(hidden_size)
         self.t_min_tokens, self.t_min_embedder = tokens(2), ScalarEmbedder(hidden_size)
@@ -143,93 +158,103 @@ class DiT(nn.Module):
         self.time_tokens, self.h_embedder = tokens(4), ScalarEmbedder(hidden_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
         nn.init.normal_(self.y_embedder.weight, std=1 / math.sqrt(hidden_size))
-        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # a view: as of a Linear
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as of a Linear; it is a view
         nn.init.zeros_(self.x_embedder.bias)
-
-        def blocks(n):
-            return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(n))
 
         self.shared_blocks = blocks(depth - head_depth)
         self.u_heads, self.v_heads = blocks(head_depth), blocks(head_depth)
-        self.u_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
-        self.v_final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
+        self.u_final_layer = final_layer(hidden_size, patch_size**2 * channels)
+        self.v_final_layer = final_layer(hidden_size, patch_size**2 * channels)
 
-    def forward(self, *inputs):
-        x = self._trunk(*inputs)
-        return (self._branch(self.u_heads, self.u_final_layer, x),
-                self._branch(self.v_heads, self.v_final_layer, x))
+    def forward(self, z, t, h, omega, t_min, t_max, y):
+        features = self._trunk(z, h, omega, t_min, t_max, y)
+        return (self._branch(self.u_heads, self.u_final_layer, features),
+                self._branch(self.v_heads, self.v_final_layer, features))
 
-    def u(self, *inputs):
-        return self._branch(self.u_heads, self.u_final_layer, self._trunk(*inputs))
+    def u(self, z, t, h, omega, t_min, t_max, y):
+        features = self._trunk(z, h, omega, t_min, t_max, y)
+        return self._branch(self.u_heads, self.u_final_layer, features)
 
-    def v(self, *inputs):
-        return self._branch(self.v_heads, self.v_final_layer, self._trunk(*inputs))
+    def v(self, z, t, h, omega, t_min, t_max, y):
+        features = self._trunk(z, h, omega, t_min, t_max, y)
+        return self._branch(self.v_heads, self.v_final_layer, features)
 
     def compile(self, **options):
-        """torch.compile of each block, in place: what is made for one serves all."""
+        """torch.compile of every block, in place; all blocks share their compiled code."""
         for block in (*self.shared_blocks, *self.u_heads, *(self.v_heads or ())):
             block.compile(**options)
 
-    def _trunk(self, x, h, omega, t_min, t_max, y):
-        return self._run(self.shared_blocks, torch.cat((
+    def _trunk(self, z, h, omega, t_min, t_max, y):
+        sequence = torch.cat((
             self.class_tokens + self.y_embedder(y)[:, None],
             self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],
             self.t_min_tokens + self.t_min_embedder(t_min)[:, None],
             self.t_max_tokens + self.t_max_embedder(t_max)[:, None],
             self.time_tokens + self.h_embedder(h)[:, None],
-            self.x_embedder(x).flatten(2).transpose(1, 2),
-        ), 1))
+            self.x_embedder(z).flatten(2).transpose(1, 2),
+        ), 1)
+        return self._run(self.shared_blocks, sequence)
 
     def _run(self, blocks, x):
         x, dx = forward_ad.unpack_dual(x)
         rotary = rotations(x.shape[1], self.head_dim, x.device)
         for block in blocks:
-            x, dx = (checkpoint(block, x, dx, rotary, use_reentrant=False)
-                     if self.checkpoint and torch.is_grad_enabled() else block(x, dx, rotary))
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x, dx = block(x, dx, rotary)
         return x if dx is None else forward_ad.make_dual(x, dx)
 
-    def _branch(self, blocks, final_layer, x):
+    def _branch(self, blocks, final_layer, features):
         if blocks is None:
             raise ValueError("these weights have no v-head: they can sample, not train")
         n, p = self.image_size // self.patch_size, self.patch_size
-        x = final_layer(self._run(blocks, x)[:, -n * n:]).float()
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))  # (B, row, column, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+        # the patch tokens (B, n * n, p * p * C) as an image (B, C, H, W)
+        out = final_layer(self._run(blocks, features)[:, -n * n:]).float()
+        out = out.unflatten(2, (p, p, -1)).unflatten(1, (n, n))
+        return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
 
 def from_state(state, image_size=32):
-    """The DiT whose state_dict() this is, not copied; its sizes are read off the shapes.
-    Raises KeyError, ValueError, RuntimeError, ... if they are no such weights."""
-    n_trunk, n_u, n_v = (len({key.split(".")[1] for key in state if key.startswith(name)})
-                         for name in ("shared_blocks.", "u_heads.", "v_heads."))
+    """The DiT whose state_dict() this is, not copied; the other sizes are read off the shapes.
+
+    Raises KeyError, ValueError, RuntimeError, ... if it is not the state dict of a DiT."""
+    shared, u, v = (len({name.split(".")[1] for name in state if name.startswith(blocks)})
+                    for blocks in ("shared_blocks.", "u_heads.", "v_heads."))
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
     num_classes = len(state["y_embedder.weight"]) - 1
     num_heads = hidden_size // len(state["u_heads.0.attn.q_norm.weight"])
     with torch.device("meta"):
         net = DiT(image_size, channels, num_classes, patch_size, hidden_size,
-                  depth=n_trunk + n_u, num_heads=num_heads, head_depth=n_u)
-    if not n_v:
+                  shared + u, num_heads, u)
+    if v == 0:
         net.v_heads = None
-    net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return net.requires_grad_()
 
-RELEASED = (("net.", ""), ("._flax_linear", ""), ("embedding_table._flax_embedding.", ""),
-            ("x_embedder.proj", "x_embedder"), ("cfg_t_start", "t_min"), ("cfg_t_end", "t_max"))
+
+RELEASED_NAMES = (("net.", ""), ("._flax_linear", ""), ("x_embedder.proj", "x_embedder"),
+                  ("embedding_table._flax_embedding.", ""), ("cfg_t_start", "t_min"),
+                  ("cfg_t_end", "t_max"))  # (theirs, ours)
+
 
 def from_official(state_dict, image_size=32):
     """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
-    Their files lack the v-head's blocks; a complete state dict loads complete. Raises as above."""
+
+    Their files lack the v-head's blocks; a complete one loads complete. Raises like from_state."""
     state = {}
     for name, value in state_dict.items():
-        for old, new in RELEASED:
-            name = name.replace(old, new, 1)
+        for theirs, ours in RELEASED_NAMES:
+            name = name.replace(theirs, ours, 1)
         state[name] = value
     for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("w13", ("w1", "w3"))):
-        for name in [name for name in state if f".{parts[0]}." in name]:
-            values = [state.pop(name.replace(parts[0], part)) for part in parts]
-            state[name.replace(parts[0], whole)] = torch.cat(values)
+        for first in [name for name in state if f".{parts[0]}." in name]:
+            values = [state.pop(first.replace(parts[0], part)) for part in parts]
+            state[first.replace(parts[0], whole)] = torch.cat(values)
     return from_state(state, image_size)
 
-MODELS = {  # params to sample: 89 M, 174 M, 409 M, 610 M for 32x32x4 and 1000 classes
+
+MODELS = {  # parameters to sample: 89 M, 174 M, 409 M, 610 M for 32 x 32 x 4 and 1000 classes
     "tiny": dict(patch_size=4, hidden_size=96, depth=3, num_heads=3, head_depth=1),
     "B/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12, head_depth=8),
     "M/2": dict(patch_size=2, hidden_size=768, depth=24, num_heads=12, head_depth=8),

@@ -1,46 +1,54 @@
 """Train improved MeanFlow from scratch.
 
-    python train.py                                   digits on a laptop, a few minutes
+    python train.py                                   digits, minutes on a laptop
     python train.py --data flowers --image-size 64    your own images: flowers/rose/*.jpg, ...
-    torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train     on latents
-    python train.py --tangent conditional             the original MeanFlow, for comparison
+    torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2
 
-OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command goes
-on where it stopped and ends in the same weights; so does any number of processes and any --accum.
-"""
+OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
+continues where it stopped and ends in the same weights; so does any number of processes."""
 
-import argparse, contextlib, copy, fcntl, functools, hashlib, itertools, json, math, os, resource
-import signal, sys, time
+import argparse, copy, datetime, functools, hashlib, itertools, json, math, os, shutil, signal, sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 import fid, imf, model, sample
-from sample import Fault, number
+from sample import error_context, number
 
 COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
-# Flag: (default for tiny, minutes on two CPU cores; for the others, the release's; type; help).
+# flag: (default of tiny, minutes on two CPU cores; of the paper's models; type; help)
 RECIPES = {
-    "batch_size": (64, 1024, COUNT, "images a step"),
+    "batch_size": (64, 1024, COUNT, "images per step"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
-    "warmup": (100, "10 epochs", number(int, 0), "steps in which lr rises"),
-    "cooldown": (1.0, 0.0, SHARE, "share of the steps, the last ones, in which lr falls to 0"),
-    "steps": (3200, "640 epochs", COUNT, "of training"),
+    "warmup": (100, None, number(int, 0), "steps in which the learning rate rises"),
+    "cooldown": (1.0, 0.0, SHARE, "last fraction of the steps, in which it falls to 0"),
+    "steps": (3200, None, COUNT, "training steps"),
     "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
     "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
-    "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its square error"),
+    "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
+    "save_every": (500, 5000, COUNT, "steps between checkpoints"),
 }
+PAPER_EPOCHS = {"warmup": 10, "steps": 640}  # where the release counts in epochs
 
-# What a checkpoint must agree with to be continued; the rest may change from start to start.
-SETTINGS = ("model", "vae", "tangent", "precision", "seed", *RECIPES)
+# what must stay the same when a run is continued
+SETTINGS = ("model", "tangent", "precision", "seed", "batch_size", "lr", "warmup",
+            "cooldown", "ema", "t_mean", "t_std", "norm_eps")
+
+CHUNK = 4096  # images in a file of a cache
+
+
+# ---- Data: images, labels (N,), number of classes, and a text that differs for other images ----
+
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
@@ -51,12 +59,13 @@ def digits(n, seed=0):
     fonts = [ImageFont.load_default(size) for size in range(33, 41)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (48, 48))
-        ImageDraw.Draw(canvas).text((24, 24), str(label), 255, fonts[rng.integers(len(fonts))],
-                                    anchor="mm", stroke_width=rng.uniform(0.6, 1.8))
-        canvas = canvas.rotate(rng.uniform(-12, 12), Image.BICUBIC,
-                               translate=tuple(rng.uniform(-3, 3, 2)))
-        image[0] = canvas.reduce(4)
+        font = fonts[rng.integers(len(fonts))]
+        ImageDraw.Draw(canvas).text((24, 24), str(label), 255, font, anchor="mm",
+                                    stroke_width=rng.uniform(0.6, 1.8))
+        angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-3, 3, 2))
+        image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(4)
     return images, labels
+
 
 def centre_crop(image, size):
     """The centre of a PIL image, size x size, as in ADM: halved, then bicubic, then cropped."""
@@ -67,290 +76,392 @@ def centre_crop(image, size):
     left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
-def decode(paths, size):
-    """The pictures in these files, uint8 (n, 3, size, size), and which are pictures, bool (n,)."""
-    images, good = np.zeros((len(paths), 3, size, size), np.uint8), np.zeros(len(paths), bool)
-    for i, path in enumerate(paths):
-        with contextlib.suppress(Exception):  # damage may raise anything
-            images[i] = np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
-            good[i] = True
-    return images, good
 
-def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """(images, labels, number of classes, a hash of all) of a folder of classes. Raises Fault.
-    Images are uint8 (3, size, size), with a VAE their posteriors: float16 (8, h, w), mean and std,
-    mapped from a cache, which the processes of the first node fill or complete; another size, VAE
-    or file in the folder needs another cache."""
-    found = [sample.files(path) for path in sorted(Path(folder).iterdir())
-             if path.is_dir() and path.name[0] != "."]
-    if not found:
-        raise Fault(f"--data {folder}: it has no sub-folders; expected one for each class")
+def decode(path, size):
+    """The picture in a file, uint8 (3, size, size), or None if there is none."""
+    try:
+        return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
+    except Exception:  # a damaged file may raise anything
+        return tqdm.write(f"left out, no image of 8 bits: {path}", sys.stderr)
+
+
+def scan(folder, size, vae):
+    """(paths, labels, number of classes, a hash of all) of a folder with a sub-folder per class.
+    Raises ValueError, OSError."""
+    classes = [path for path in sorted(Path(folder).iterdir())
+               if path.name[0] != "." and path.is_dir()]
+    if not classes:
+        raise ValueError(f"--data {folder}: no sub-folders, expected one for each class")
+    found = [sample.files(path) for path in classes]
     paths = list(itertools.chain(*found))
-    labels = np.repeat(np.arange(len(found)), [len(some) for some in found])
-    source = hashlib.sha256(str(size).encode())
+    source = hashlib.sha256(f"{size}".encode())
     for weight in vae.parameters() if vae else ():
         source.update(weight.cpu().numpy())
     for path, stat in zip(paths, map(os.stat, paths)):
-        facts = os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns
-        source.update(repr(facts).encode())
+        name = os.path.relpath(path, folder)
+        source.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
+    return paths, labels, len(classes), source.hexdigest()
 
-    cache = Path(cache, source.hexdigest()[:12])
-    dtype, *shape = (np.float16, 8, size // 8, size // 8) if vae else (np.uint8, 3, size, size)
-    if rank == 0:
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):  # else it should be complete
-            lock = open(cache / ".lock", "w")  # until the end of this function: a second run waits
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (cache / "x.npy").exists():
-            with sample.atomic(cache / "x.npy") as file, sample.atomic(cache / "y.npy") as marks:
-                np.save(marks, np.zeros(len(paths), int))  # label + 1; of no image -1; to do 0
-                x = np.lib.format.open_memmap(file.name, "w+", dtype, (len(paths), *shape))
-                with sample.blame(f"{cache}/x.npy, {x.nbytes / 1e6:.1f} MB"):
-                    if hasattr(os, "posix_fallocate"):  # later, a full disk would be a bus error
-                        os.posix_fallocate(file.fileno(), 0, x.offset + x.nbytes)
-    sample.total(torch.zeros(1))  # all wait for rank 0
-    with sample.blame(f"{cache} is damaged, remove it"):
-        x, y = (np.load(cache / name, "r", allow_pickle=False) for name in ("x.npy", "y.npy"))
-        if (x.dtype, x.shape, y.dtype, y.shape) != (dtype, (len(y), *shape), int, labels.shape) or (
-                y.min() < -1 or y.max() > len(found)):
-            raise ValueError("other sizes or labels")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this node
-    parts = [slice(i, i + 8) for i in range(0, len(paths), 8)]  # always 8, for the VAE's rounding
-    if todo := [part for part in parts[rank::local] if rank < local and not y[part].all()]:
-        x, y = (np.load(cache / name, "r+", allow_pickle=False) for name in ("x.npy", "y.npy"))
-    load = DataLoader([paths[part] for part in todo], batch_size=None,
-                      num_workers=os.cpu_count() // local if todo else 0,
-                      collate_fn=functools.partial(decode, size=size))
-    bar = tqdm(todo, "decoding", unit=" images", unit_scale=8, disable=rank > 0 or not todo)
-    for part, (images, good) in zip(bar, load):
-        if vae:
-            posterior = vae.encode(torch.from_numpy(images).to(vae.device) / 127.5 - 1).latent_dist
-            images = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
-        x[part] = images
-        y[part] = np.where(good, labels[part] + 1, -1)
-    sample.total(torch.zeros(1))
-    y = np.load(cache / "y.npy", allow_pickle=False)  # what the others wrote, too
-    if not y.all():
-        raise Fault(f"{cache} is not complete: start again")
-    good, bad = np.flatnonzero(y > 0), [paths[i] for i in np.flatnonzero(y < 0)]
-    if bad and rank == 0:
-        print(f"left out {len(bad)}, no images: {', '.join(bad[:5])}", file=sys.stderr)
-    if len(bad) > max(10, len(paths) // 100) or len(set(y[good])) < len(found):
-        raise Fault(f"--data {folder}: {len(bad)} of {len(paths)} files are no images, or a whole "
-                    f"class (to try them again, remove {cache})")
-    return Subset(x, good), y[good] - 1, len(found), source.hexdigest()
+
+def encode(paths, labels, size, vae, bar):
+    """{"images", "labels"}, a chunk of a cache; the label of what is no image is -1. Images are
+    uint8 (n, 3, size, size); with a VAE float16 (n, 8, h, w), the posterior's mean and std."""
+    images, labels = [], torch.tensor(labels)
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(functools.partial(decode, size=size), paths)
+        for start in range(0, len(paths), 8):  # always 8: another number would round differently
+            group = list(itertools.islice(decoded, 8))
+            for i, image in enumerate(group):
+                if image is None:
+                    labels[start + i] = -1
+                    group[i] = np.zeros((3, size, size), np.uint8)
+            x = torch.from_numpy(np.stack(group))
+            if vae:
+                posterior = vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist
+                x = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
+            images.append(x)
+            bar.update(len(group))
+    return {"images": torch.cat(images), "labels": labels}
+
+
+def folder_data(folder, size, cache, vae=None, rank=0, world=1):
+    """Images, labels, number of classes and a hash of a folder with a sub-folder per class, by way
+    of chunks in a cache. Process k of n makes every n-th chunk. Raises ValueError."""
+    # the first process scans the folder and tells the others
+    found = scan(folder, size, vae) if rank == 0 else None
+    paths, labels, num_classes, source = sample.everyone(found)[0]
+    cache = Path(cache, source[:12])
+    cache.mkdir(parents=True, exist_ok=True)
+
+    # a chunk appears whole, so one that exists is complete
+    chunks = [cache / f"{start:08d}.pt" for start in range(0, len(paths), CHUNK)]
+    todo = [k for k, path in enumerate(chunks) if not path.exists()]
+    patient = None
+    if dist.is_initialized():  # encoding may take long, all other waiting is an error soon
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    needed = min(len(todo) * CHUNK, len(paths)) * size**2 * (0.25 if vae else 3)
+    if rank == 0 and todo and needed > shutil.disk_usage(cache).free:
+        raise ValueError(f"{cache}: {needed / 1e9:.2f} GB are needed, the disk has less")
+    with tqdm(total=len(paths), desc="decoding", unit=" images", disable=rank or not todo) as bar:
+        for k in todo[rank::world]:
+            part = slice(k * CHUNK, (k + 1) * CHUNK)
+            chunk = encode(paths[part], labels[part], size, vae, bar)
+            with sample.atomic(chunks[k]) as file:
+                torch.save(chunk, file)
+    sample.everyone(group=patient)
+
+    # all chunks, mapped into memory, without what is no image
+    maps = [sample.load_file(path) for path in chunks]
+    with error_context(f"{cache} is damaged, remove it"):
+        labels = torch.cat([chunk["labels"] for chunk in maps]).numpy()
+        images = ConcatDataset([chunk["images"] for chunk in maps])
+        if not len(images) == len(labels) == len(paths):
+            raise ValueError("images are missing")
+    good = np.flatnonzero(labels >= 0)
+    if len(good) < 0.99 * len(labels) - 10 or len(set(labels[good])) < num_classes:
+        raise ValueError(f"--data {folder}: {len(labels) - len(good)} of {len(labels)} files are "
+                         f"no images, or a whole class (to try them again, remove {cache})")
+    return Subset(images, good), labels[good], num_classes, source
+
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
-    """Of the n samples in an epoch, drawn from (seed, epoch) alone."""
+    """The order of the n images in an epoch, drawn from (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
-def batch(images, labels, args, rank, world, step):
-    """Every world-th sample of batch number `step`: x, y and their draws, from (seed, step) alone.
-    x are pixels in [-1, 1], or a fresh draw of each latent, normalised."""
-    n, B, mine = len(labels), args.batch_size, slice(rank, None, world)
-    i = [order(n, args.seed, k // n)[k % n] for k in range(step * B, (step + 1) * B)[mine]]
-    x = torch.from_numpy(np.stack([images[k] for k in i]))
+
+def batch(images, labels, args, step, share=0, shares=1):
+    """(x, y, draws): every shares-th sample of batch number `step`, from (seed, step) alone. x are
+    pixels in [-1, 1], or normalised latents, drawn afresh from their posteriors."""
+    n, B, mine = len(labels), args.batch_size, slice(share, None, shares)
+    positions = range(step * B, (step + 1) * B)[mine]
+    index = [order(n, args.seed, position // n)[position % n] for position in positions]
     seed = np.random.SeedSequence((args.seed, step)).generate_state(1)
     generator = torch.Generator().manual_seed(int(seed[0]))
+    x = torch.stack([images[i] for i in index])
     if x.dtype == torch.uint8:
         x = x / 127.5 - 1
     else:
         mean, std = x.float().chunk(2, 1)
-        noise = torch.randn((B, *mean.shape[1:]), generator=generator)
-        x = (mean + std * noise[mine] - sample.LATENT_MEAN) / sample.LATENT_STD
+        noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
+        x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
     draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
-    return x, torch.from_numpy(labels[i]), imf.Draws(*(d[mine] for d in draws))
+    return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
+
+
+def batches(images, labels, args, step, rank, world):
+    """Yields the batches from `step` on in --accum parts, each made while the one before is used:
+    part k of process `rank` is every (world * accum)-th sample from rank + world * k on."""
+    shares, ready = world * args.accum, None
+    with ThreadPoolExecutor(1) as pool:
+        for step in itertools.count(step):
+            for share in range(rank, shares, world):
+                ahead = pool.submit(batch, images, labels, args, step, share, shares)
+                if ready:
+                    yield ready.result()
+                ready = ahead
+
+
+# ---- Training ----
+
 
 def arguments():
-    p = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = p.add_argument
+    parser = sample.command_line(__doc__)
+    flag = parser.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
-    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="32, of latents 256")
+    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="32; of latents 256")
     flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
-    flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
+    flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
+        paper = f"{PAPER_EPOCHS[name]} epochs" if paper is None else paper
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; {tiny}, not tiny: {paper}")
-    flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, in turn")
-    flag("--checkpoint", action="store_true", help="compute activations twice, to save memory")
+    flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, one after another")
+    flag("--grad-checkpoint", action="store_true", help="less memory: compute activations twice")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
-    for name, steps in ("log", 50), ("save", 500), ("sample", 500), ("fid", 5000):
-        flag(f"--{name}-every", type=COUNT, default=steps, metavar="N", help=f"default: {steps}")
-    flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics, and IS")
+    flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50 steps")
+    flag("--sample-every", type=COUNT, default=500, metavar="N", help="default: 500 steps")
+    flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics")
+    flag("--fid-every", type=COUNT, default=5000, metavar="N", help="default: 5000 steps")
     flag("--fid-num", type=number(int, 2), default=10_000, metavar="N", help="default: 10000")
     flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
-    args = p.parse_args()
+    args = parser.parse_args()
     args.vae = args.vae or (sample.VAE if args.data and args.model != "tiny" else "none")
     if not args.data and (args.image_size or args.vae != "none"):
-        raise Fault("--image-size and --vae need --data: the digits are 12 x 12 pixels")
-    os.stat(args.init or os.curdir)  # before hours of encoding
+        raise ValueError("--image-size and --vae need --data: the digits have their own size")
     args.image_size = args.image_size or (32 if args.vae == "none" else 256)
     patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
     if args.data and args.image_size % patch:
-        raise Fault(f"--image-size {args.image_size} is no multiple of {patch}, the patch's size")
-    for name, recipe in RECIPES.items():
+        raise ValueError(f"--image-size {args.image_size} is no multiple of the patch's, {patch}")
+    for name, (tiny, paper, *_) in RECIPES.items():
         if getattr(args, name) is None:
-            setattr(args, name, recipe[args.model != "tiny"])
+            setattr(args, name, tiny if args.model == "tiny" else paper)
     return args
+
+
+def complete(args, num_images, device, world):
+    """Sets what is left to default and depends on the data or the machine. Raises ValueError."""
+    if args.batch_size % (args.accum * world):
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+                         "--accum times the number of processes")
+    for name, epochs in PAPER_EPOCHS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, math.ceil(epochs * num_images / args.batch_size))
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+
+
+def load_data(args, device, rank, world):
+    """(images, labels, number of classes, hash, VAE or None) of --data. Raises ValueError."""
+    if not args.data:
+        images, labels = digits(20_000)
+        return torch.from_numpy(images), labels, 10, "digits", None
+    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
+    cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' if vae else ''}"
+    return *folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world), vae
+
+
+def build(args, channels, image_size, num_classes, device):
+    """A new network, or that of --init; its EMA and its optimiser."""
+    torch.manual_seed(args.seed)
+    net = model.DiT(image_size, channels, num_classes, **model.MODELS[args.model])
+    if args.init and not Path(args.out, "last.pt").exists():
+        start, _ = sample.load(args.init)
+        if start.v_heads is None:  # as released: where r = t it should equal u, so it is a copy
+            start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
+        with error_context(f"--init {args.init} does not fit"):
+            net.load_state_dict(start.state_dict())
+    net.to(device).grad_checkpoint = args.grad_checkpoint
+    ema = copy.deepcopy(net).requires_grad_(False)
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
+        net.compile()
+    return net, ema, torch.optim.AdamW(
+        net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+
+
+def resume(path, states, settings):
+    """(step, skipped) of a checkpoint, whose states are loaded; (0, 0) without. Raises ValueError.
+    """
+    if not path.exists():
+        return 0, 0
+    saved = sample.load_file(path)
+    with error_context(f"{path} cannot be continued, choose another --out"):
+        for name, value in settings.items():
+            was = saved["settings"][name]
+            if name == "data" and was != value:
+                raise ValueError("it was trained on other images")
+            if name not in ("data", "vae") and was != value:
+                raise ValueError(f"it was made with --{name.replace('_', '-')} {was}, not {value}")
+        for name, state in states.items():
+            state.load_state_dict(saved[name])
+        return int(saved["step"]), int(saved["skipped"])
+
+
+def learning_rate(step, args):
+    """Rises over the warm-up; falls to 0 over the last fraction --cooldown of the steps."""
+    rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
+    if args.cooldown:
+        rate *= min(1, (1 - step / args.steps) / args.cooldown)
+    return rate
+
+
+def gradients(net, parts, args, device):
+    """loss_u, loss_v and the norm of the gradient of one batch, which comes in --accum parts."""
+    total = 0
+    for k in range(args.accum):
+        x, y, draws = next(parts)
+        net.require_backward_grad_sync = k == args.accum - 1  # as in DDP.no_sync()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent,
+                                     args.norm_eps)
+        (loss / args.accum).backward()
+        total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
+    norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+    return *total.tolist(), norm.item()
+
+
+def update(net, ema, optimizer, lr, decay):
+    """One step of AdamW, and of the EMA: ema = decay * ema + (1 - decay) * net."""
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def samples(ema, vae, numbers, classes, seed, steps=1):
+    """Batches of images uint8 (b, 3, H, W), guided as recommended."""
+    omega, t_min, t_max = sample.recommended(ema, vae, steps)
+    return sample.generate(ema, numbers, classes, seed, vae, steps=steps, omega=omega, t_min=t_min,
+                           t_max=t_max)
+
+
+def write_samples(path, ema, vae, seed):
+    """A sheet of ten classes: two rows in one step, two rows in two."""
+    classes = [k * ema.num_classes // 10 for k in range(10)]
+    images = [image for steps in (1, 2)
+              for image in samples(ema, vae, range(20), classes, seed, steps)]
+    sample.write_sheet(path, np.concatenate(images), 10)
+
+
+def write_log(path, step, record):
+    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    with error_context(f"cannot write {path}"), open(path, "a") as file:
+        print(json.dumps({"step": step, **finite}), file=file)
+
+
+def trim_log(path, step):
+    """Drops the records made after the checkpoint of this step, which are made again."""
+    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    with sample.atomic(path) as file:
+        file.writelines(line for line in lines
+                        if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
+
+
+def make_scorer(args, device, rank, world):
+    """A function of generated images: their {"fid", "inception_score"}. Raises ValueError."""
+    statistics = fid.read_statistics(args.fid_ref)
+    if not statistics:
+        raise ValueError(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
+    inception = fid.Inception(args.inception).to(device)
+
+    def score(images):
+        features, logits = fid.extract(inception, images, args.fid_num, "fid", rank, world)
+        return {"fid": fid.frechet_distance(*fid.moments(features), *statistics),
+                "inception_score": fid.inception_score(logits)[0]}
+    return score
+
+
+def save(path, states, step, skipped, settings):
+    saved = {name: state.state_dict() for name, state in states.items()}
+    with sample.atomic(path) as file:
+        torch.save(saved | {"step": step, "skipped": skipped, "settings": settings}, file)
+
+
+def start(args, images, num_classes, source, vae, device):
+    """({"net", "ema", "optimizer"}, settings, step, skipped) of a run, new or continued."""
+    channels, image_size, _ = images[0].shape
+    net, ema, optimizer = build(args, channels // 2 if vae else channels, image_size, num_classes,
+                                device)
+    states = {"net": net, "ema": ema, "optimizer": optimizer}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"data": source, "vae": args.vae, "image_size": image_size}
+    if args.cooldown:
+        settings["steps"] = args.steps  # which shape the learning rate
+    step, skipped = resume(Path(args.out, "last.pt"), states, settings)
+    if len(set(sample.everyone(step))) > 1:
+        raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
+    return states, settings, step, skipped
+
 
 def main():
     args = arguments()
     device, rank, world = sample.join(args.device)
-    cuda = device.type == "cuda"
-    if args.batch_size % (args.accum * world):
-        raise Fault(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
-                    "--accum times the number of processes")
-    args.precision = args.precision or ("bf16" if cuda else "float32")
-    if args.fid_ref:
-        reference, _ = next(fid.stored(args.fid_ref))
-        if not reference:
-            raise Fault(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
-        inception = fid.Inception(args.inception).to(device)
-        fid.warn("--fid-num", args.fid_num)
-    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
-    if args.data:
-        cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' * bool(vae)}"
-        images, labels, num_classes, source = folder_data(
-            args.data, args.image_size, args.cache or cache, vae, rank, world)
-    else:
-        images, labels, num_classes, source = *digits(20_000), 10, "digits"
-    for name in ("steps", "warmup"):
-        if isinstance(epochs := getattr(args, name), str):
-            setattr(args, name, math.ceil(int(epochs.split()[0]) * len(labels) / args.batch_size))
-
-    torch.manual_seed(args.seed)
-    channels, image_size, _ = images[0].shape
-    net = model.DiT(image_size, channels // 2 if vae else channels, num_classes,
-                    **model.MODELS[args.model])
-    if args.init:
-        start, _ = sample.load(args.init)
-        if start.v_heads is None:  # as released: where r = t it should equal u, so it is a copy
-            start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
-        with sample.blame(f"--init {args.init} does not fit"):
-            net.load_state_dict(start.state_dict())
-    net.checkpoint = args.checkpoint
-    net.to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    if cuda if args.compile is None else args.compile:
-        net.compile()
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-
-    states = {"net": net, "ema": ema, "optimizer": optimizer}
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"image_size": image_size}
-    settings |= {"steps": args.cooldown and args.steps, "data": source}  # the steps shape lr
-    out, journal = Path(args.out), Path(args.out, "log.jsonl")
-    step = skipped = streak = logged = 0
-    if (out / "last.pt").exists():
-        saved = sample.load_file(out / "last.pt")
-        with sample.blame(f"{out}/last.pt is no checkpoint of this program, choose another --out"):
-            for key, value in settings.items():
-                if key != "vae" and saved["settings"][key] != value:  # data's hash tells VAEs apart
-                    flag = f"--{key.replace('_', '-')} {saved['settings'][key]}"
-                    raise Fault(f"{out} was made with {flag}, not {value}: choose another --out")
-            for name, state in states.items():
-                state.load_state_dict(saved.pop(name))
-            step, skipped, logged = (
-                int.__index__(saved[name]) for name in ("step", "skipped", "logged"))
+    images, labels, num_classes, source, vae = load_data(args, device, rank, world)
+    complete(args, len(labels), device, world)
+    score = make_scorer(args, device, rank, world) if args.fid_ref else None
+    states, settings, step, skipped = start(args, images, num_classes, source, vae, device)
+    net, ema, optimizer = states.values()
+    parallel = DistributedDataParallel(net) if dist.is_initialized() else net
+    parts = batches(images, labels, args, step, rank, world)
+    out = Path(args.out)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # held until it is closed, at the end
-        with sample.blame(f"--out {out}: another run is writing there"):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        records = journal.read_bytes().splitlines(True) if journal.exists() else []
-        with sample.atomic(journal) as file:
-            file.writelines(records[:logged])  # what came after the checkpoint runs again
-    ddp = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
+        trim_log(out / "log.jsonl", step)
 
-    def draw(numbers, classes, steps=1):
-        omega, t_min, t_max = sample.advised(ema, vae, steps)
-        return sample.generate(ema, numbers, classes, args.seed, vae,
-                               steps=steps, omega=omega, t_min=t_min, t_max=t_max)
-
-    signals = []
-
-    def interrupt(number, _):  # ends the run after this step, and a second one at once
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
-
+    signals = []  # the run ends after the step in which one arrives
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, interrupt)
-    load = functools.partial(ThreadPoolExecutor(1).submit, batch, images, labels, args, rank, world)
-    ahead, stop = load(step), False  # the next batch is made while a step runs
-    sums, since = torch.zeros(3, device=device), (step, time.time())
+        signal.signal(name, lambda number, frame: signals.append(number))
+    history, streak, stop = [], 0, False
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
-            (x, y, draws), ahead = ahead.result(), load(step + 1)
-            losses = 0
-            for k in range(args.accum):
-                part = slice(k, None, args.accum)
-                ddp.require_backward_grad_sync = k == args.accum - 1  # as DDP.no_sync() does
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    loss, log = imf.imf_loss(ddp, x[part].to(device), y[part].to(device),
-                                             imf.Draws(*(d[part] for d in draws)), args.tangent,
-                                             args.norm_eps)
-                (loss / args.accum).backward()
-                losses += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
-
-            norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
-            lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-            lr *= min(1, (1 - step / args.steps) / max(1e-9, args.cooldown))
-            optimizer.param_groups[0]["lr"] = lr
+            # the gradient of one batch, and the update if it is finite
+            began, lr = time.time(), learning_rate(step, args)
+            loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
-                optimizer.step()
-                average(list(ema.parameters()), list(net.parameters()), None)
-                sums += torch.cat((losses, sums.new_ones(1)))
-                streak = 0
-            else:
-                skipped, streak = skipped + 1, streak + 1
-                if streak == 20:
-                    raise Fault(f"step {step + 1}: no finite gradient for 20 steps, none of them "
-                                f"saved in {out}; try a lower --lr in another --out")
+                update(net, ema, optimizer, lr, args.ema)
+                history.append((loss_u, loss_v, time.time() - began))
+            skipped += not math.isfinite(norm)
+            streak = 0 if math.isfinite(norm) else streak + 1
+            if streak == 20:
+                raise ValueError("no finite gradient for 20 steps, try a lower --lr")
             optimizer.zero_grad()
             step += 1
             bar.update()
+            end, stop = step == args.steps, any(sample.everyone(len(signals) > 0))
 
-            stop = sample.total(torch.tensor(len(signals))).item() > 0
-            end, record = step == args.steps, {}
+            # log and scores
+            record = {}
             if step % args.log_every == 0 or end:
-                loss_u, loss_v = (sample.total(sums)[:2] / sums[2]).tolist()
-                rate = (step - since[0]) * args.batch_size / (time.time() - since[1])
-                bar.set_postfix(loss_u=loss_u, loss_v=loss_v, images_per_s=rate)
-                peak = (torch.cuda.max_memory_allocated() if cuda else resource.getrusage(
-                    resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-                record = dict(loss_u=loss_u, loss_v=loss_v, grad_norm=norm, lr=lr, skipped=skipped,
-                              images_per_s=rate, peak_memory_gb=peak / 1e9)
-                sums, since = torch.zeros_like(sums), (step, time.time())
-            if args.fid_ref and (step % args.fid_every == 0 or end):
-                drawn = draw(range(args.fid_num)[rank::world], range(num_classes))
-                features, logits = fid.extract(inception, drawn, args.fid_num, "fid", rank, world)
-                if rank == 0:
-                    record["fid"] = fid.frechet_distance(*fid.moments(features), *reference)
-                    record["inception_score"] = fid.inception_score(logits)[0]
-                since = step, time.time()
+                record = {"grad_norm": norm, "lr": lr, "skipped": skipped}
+                if rows := list(itertools.chain(*sample.everyone(history))):
+                    loss_u, loss_v, seconds = np.mean(rows, 0).tolist()
+                    record |= {"loss_u": loss_u, "loss_v": loss_v,
+                               "images_per_s": args.batch_size / seconds}
+                bar.set_postfix(record)
+                history = []
+            if score and (step % args.fid_every == 0 or end):
+                numbers = range(args.fid_num)[rank::world]
+                record |= score(samples(ema, vae, numbers, range(num_classes), args.seed))
             if record and rank == 0:
-                record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-                with sample.blame(f"cannot write {journal}"), open(journal, "a") as file:
-                    print(json.dumps({"step": step, **record}), file=file)
-            logged += bool(record)
+                write_log(out / "log.jsonl", step, record)
+
+            # samples and checkpoint
             if rank == 0 and (step % args.sample_every == 0 or end):
-                some = [k * num_classes // 10 for k in range(10)]  # a column each
-                drawn = np.concatenate([x for n in (1, 2) for x in draw(range(20), some, n)])
-                sample.write_sheet(out / f"step-{step:06d}.png", drawn.transpose(0, 2, 3, 1), 10)
-            if rank == 0 and not streak and (step % args.save_every == 0 or end or stop):
-                with sample.atomic(out / "last.pt") as file:
-                    saved = {name: state.state_dict() for name, state in states.items()}
-                    saved |= dict(step=step, skipped=skipped, logged=logged, settings=settings)
-                    torch.save(saved, file)
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+            if rank == 0 and (step % args.save_every == 0 or end or stop):
+                save(out / "last.pt", states, step, skipped, settings)
+    sample.everyone()  # nobody leaves before the checkpoint is written
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
 
 if __name__ == "__main__":
     sample.run(main)
