@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import imf, model
 
-# (omega, t_min, t_max) that the authors recommend, by depth; XL/2 differs in several steps
+# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in more steps
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
@@ -33,8 +33,9 @@ LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(
 @torch.no_grad()
 def generate(net, numbers, classes, seed=0, vae=None, **guidance):
     """Yields batches of images, uint8 (b, 3, H, W): number i is of class classes[i % len(classes)].
-    vae decodes what a net of latents samples. guidance: steps, omega, t_min, t_max of imf.sample.
-    """
+    vae decodes what a net of latents samples. guidance: steps, omega, t_min, t_max of imf.sample;
+    what is left out is as recommended."""
+    guidance = recommended(net, vae, guidance.get("steps", 1)) | guidance
     device = next(net.parameters()).device
     shape = net.channels, net.image_size, net.image_size
 
@@ -156,10 +157,10 @@ def load_vae(name, device="cpu"):
 
 
 def recommended(net, latents, steps):
-    """(omega, t_min, t_max) where the user names neither scale nor interval."""
+    """{"omega", "t_min", "t_max"} for whoever names none."""
     table = RECOMMENDED if steps == 1 else RECOMMENDED_IN_STEPS
-    depth = len(net.shared_blocks) + len(net.u_heads)
-    return table.get(depth, (2, 0, 1)) if latents else (2, 0, 1)
+    depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
+    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (2, 0, 1))))
 
 
 def sampling_options(flag):
@@ -180,12 +181,12 @@ def prepare(path, args, device):
     if args.vae and info["vae"] == "none":
         raise ValueError(f"{path} samples pixels: --vae does not fit")
     vae = None if info["vae"] == "none" else load_vae(args.vae or info["vae"], device)
-    omega, *interval = recommended(net, vae, args.steps)
-    t_min, t_max = args.interval or interval
-    if t_min > t_max:
+    setting = {"steps": args.steps} | recommended(net, vae, args.steps)
+    if args.interval:
+        setting["t_min"], setting["t_max"] = args.interval
+    if setting["t_min"] > setting["t_max"]:
         raise ValueError("--interval LO HI: the lower end comes first")
-    return net, vae, [dict(steps=args.steps, omega=scale, t_min=t_min, t_max=t_max)
-                      for scale in args.omega or [omega]]
+    return net, vae, [setting | {"omega": omega} for omega in args.omega or [setting["omega"]]]
 
 
 # ---- What all command lines share ----
@@ -244,15 +245,15 @@ def join(name=None):
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():  # gloo for the CPU, NCCL for GPUs
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def everyone(value=None, group=None):
+def everyone(value=None):
     """The values of all processes, by rank; each process waits for all others."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        dist.all_gather_object(values, value, group)
+        dist.all_gather_object(values, value)
     return values
 
 

@@ -7,8 +7,7 @@
 OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
 continues where it stopped and ends in the same weights; so does any number of processes."""
 
-import argparse, copy, datetime, functools, hashlib, itertools, json, math, os, shutil, signal, sys
-import time
+import argparse, copy, functools, hashlib, itertools, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,29 +24,24 @@ from sample import error_context, number
 
 COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
-# flag: (default of tiny, minutes on two CPU cores; of the paper's models; type; help)
+# flag: (default of tiny, minutes on two CPU cores; of the paper's models; type; help). The
+# release trains for 640 epochs of ImageNet, 10 of them warm-up; an epoch is 1,251 steps
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images per step"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
-    "warmup": (100, None, number(int, 0), "steps in which the learning rate rises"),
+    "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, SHARE, "last fraction of the steps, in which it falls to 0"),
-    "steps": (3200, None, COUNT, "training steps"),
+    "steps": (3200, 640 * 1251, COUNT, "training steps"),
     "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
     "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
     "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
     "save_every": (500, 5000, COUNT, "steps between checkpoints"),
 }
-PAPER_EPOCHS = {"warmup": 10, "steps": 640}  # where the release counts in epochs
-
-# what must stay the same when a run is continued
-SETTINGS = ("model", "tangent", "precision", "seed", "batch_size", "lr", "warmup",
-            "cooldown", "ema", "t_mean", "t_std", "norm_eps")
-
 CHUNK = 4096  # images in a file of a cache
 
 
-# ---- Data: images, labels (N,), number of classes, and a text that differs for other images ----
+# ---- Data: images, labels (N,), number of classes, and a text that tells other images apart ----
 
 
 def digits(n, seed=0):
@@ -87,20 +81,18 @@ def decode(path, size):
 
 def scan(folder, size, vae):
     """(paths, labels, number of classes, a hash of all) of a folder with a sub-folder per class.
-    Raises ValueError, OSError."""
-    classes = [path for path in sorted(Path(folder).iterdir())
-               if path.name[0] != "." and path.is_dir()]
-    if not classes:
+    Raises ValueError."""
+    names = [os.path.relpath(path, folder) for path in sample.files(folder)]
+    names = [name for name in names if os.sep in name]
+    if not names:
         raise ValueError(f"--data {folder}: no sub-folders, expected one for each class")
-    found = [sample.files(path) for path in classes]
-    paths = list(itertools.chain(*found))
+    classes, labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)
+    paths = [os.path.join(folder, name) for name in names]
     source = hashlib.sha256(f"{size}".encode())
     for weight in vae.parameters() if vae else ():
         source.update(weight.cpu().numpy())
-    for path, stat in zip(paths, map(os.stat, paths)):
-        name = os.path.relpath(path, folder)
+    for name, stat in zip(names, map(os.stat, paths)):
         source.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return paths, labels, len(classes), source.hexdigest()
 
 
@@ -126,8 +118,8 @@ def encode(paths, labels, size, vae, bar):
 
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """Images, labels, number of classes and a hash of a folder with a sub-folder per class, by way
-    of chunks in a cache. Process k of n makes every n-th chunk. Raises ValueError."""
+    """The data of a folder with a sub-folder per class, by way of chunks in a cache, of which
+    process k of n makes every n-th. Raises ValueError."""
     # the first process scans the folder and tells the others
     found = scan(folder, size, vae) if rank == 0 else None
     paths, labels, num_classes, source = sample.everyone(found)[0]
@@ -137,9 +129,6 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     # a chunk appears whole, so one that exists is complete
     chunks = [cache / f"{start:08d}.pt" for start in range(0, len(paths), CHUNK)]
     todo = [k for k, path in enumerate(chunks) if not path.exists()]
-    patient = None
-    if dist.is_initialized():  # encoding may take long, all other waiting is an error soon
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     needed = min(len(todo) * CHUNK, len(paths)) * size**2 * (0.25 if vae else 3)
     if rank == 0 and todo and needed > shutil.disk_usage(cache).free:
         raise ValueError(f"{cache}: {needed / 1e9:.2f} GB are needed, the disk has less")
@@ -149,7 +138,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
             chunk = encode(paths[part], labels[part], size, vae, bar)
             with sample.atomic(chunks[k]) as file:
                 torch.save(chunk, file)
-    sample.everyone(group=patient)
+    sample.everyone()
 
     # all chunks, mapped into memory, without what is no image
     maps = [sample.load_file(path) for path in chunks]
@@ -162,7 +151,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     if len(good) < 0.99 * len(labels) - 10 or len(set(labels[good])) < num_classes:
         raise ValueError(f"--data {folder}: {len(labels) - len(good)} of {len(labels)} files are "
                          f"no images, or a whole class (to try them again, remove {cache})")
-    return Subset(images, good), labels[good], num_classes, source
+    return Subset(images, good), labels[good], num_classes, f"{len(good)} images, {source[:12]}"
 
 
 @functools.lru_cache(2)
@@ -217,7 +206,6 @@ def arguments():
     flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
-        paper = f"{PAPER_EPOCHS[name]} epochs" if paper is None else paper
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; {tiny}, not tiny: {paper}")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-checkpoint", action="store_true", help="less memory: compute activations twice")
@@ -246,19 +234,6 @@ def arguments():
     return args
 
 
-def complete(args, num_images, device, world):
-    """Sets what is left to default and depends on the data or the machine. Raises ValueError."""
-    if args.batch_size % (args.accum * world):
-        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
-                         "--accum times the number of processes")
-    for name, epochs in PAPER_EPOCHS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, math.ceil(epochs * num_images / args.batch_size))
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-
-
 def load_data(args, device, rank, world):
     """(images, labels, number of classes, hash, VAE or None) of --data. Raises ValueError."""
     if not args.data:
@@ -281,7 +256,7 @@ def build(args, channels, image_size, num_classes, device):
             net.load_state_dict(start.state_dict())
     net.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False)
-    if args.compile:
+    if args.compile or args.compile is None and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
         net.compile()
     return net, ema, torch.optim.AdamW(
@@ -297,9 +272,7 @@ def resume(path, states, settings):
     with error_context(f"{path} cannot be continued, choose another --out"):
         for name, value in settings.items():
             was = saved["settings"][name]
-            if name == "data" and was != value:
-                raise ValueError("it was trained on other images")
-            if name not in ("data", "vae") and was != value:
+            if was != value:
                 raise ValueError(f"it was made with --{name.replace('_', '-')} {was}, not {value}")
         for name, state in states.items():
             state.load_state_dict(saved[name])
@@ -336,18 +309,11 @@ def update(net, ema, optimizer, lr, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def samples(ema, vae, numbers, classes, seed, steps=1):
-    """Batches of images uint8 (b, 3, H, W), guided as recommended."""
-    omega, t_min, t_max = sample.recommended(ema, vae, steps)
-    return sample.generate(ema, numbers, classes, seed, vae, steps=steps, omega=omega, t_min=t_min,
-                           t_max=t_max)
-
-
 def write_samples(path, ema, vae, seed):
     """A sheet of ten classes: two rows in one step, two rows in two."""
     classes = [k * ema.num_classes // 10 for k in range(10)]
-    images = [image for steps in (1, 2)
-              for image in samples(ema, vae, range(20), classes, seed, steps)]
+    images = [batch for steps in (1, 2)
+              for batch in sample.generate(ema, range(20), classes, seed, vae, steps=steps)]
     sample.write_sheet(path, np.concatenate(images), 10)
 
 
@@ -391,10 +357,10 @@ def start(args, images, num_classes, source, vae, device):
     net, ema, optimizer = build(args, channels // 2 if vae else channels, image_size, num_classes,
                                 device)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"data": source, "vae": args.vae, "image_size": image_size}
-    if args.cooldown:
-        settings["steps"] = args.steps  # which shape the learning rate
+    settings = {"data": source, "image_size": image_size}
+    for name in ("model", "vae", "tangent", "precision", "seed", *RECIPES):
+        if name not in ("save_every", "steps") or name == "steps" and args.cooldown:
+            settings[name] = getattr(args, name)
     step, skipped = resume(Path(args.out, "last.pt"), states, settings)
     if len(set(sample.everyone(step))) > 1:
         raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
@@ -404,8 +370,11 @@ def start(args, images, num_classes, source, vae, device):
 def main():
     args = arguments()
     device, rank, world = sample.join(args.device)
+    if args.batch_size % (args.accum * world):
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+                         "--accum times the number of processes")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
     images, labels, num_classes, source, vae = load_data(args, device, rank, world)
-    complete(args, len(labels), device, world)
     score = make_scorer(args, device, rank, world) if args.fid_ref else None
     states, settings, step, skipped = start(args, images, num_classes, source, vae, device)
     net, ema, optimizer = states.values()
@@ -449,7 +418,7 @@ def main():
                 history = []
             if score and (step % args.fid_every == 0 or end):
                 numbers = range(args.fid_num)[rank::world]
-                record |= score(samples(ema, vae, numbers, range(num_classes), args.seed))
+                record |= score(sample.generate(ema, numbers, range(num_classes), args.seed, vae))
             if record and rank == 0:
                 write_log(out / "log.jsonl", step, record)
 
