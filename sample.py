@@ -217,7 +217,9 @@ def error_context(what):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        # of a full disk torch.save says nothing itself
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise ValueError(f"{what}: {' '.join(reason.split())[:200]}") from error
 
 
