@@ -68,13 +68,13 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
 
-    # the samples with r < t and the guided ones, found where the draws are: on the CPU, no stall
+    # omega', and the samples with r < t and the guided ones; the draws are on the CPU: no stall
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = inside & (draws.omega != 1) & ~draws.drop
-    jvp_rows, guided_rows, inside, e, t, r, omega, t_min, t_max, drop = (
-        values.to(x.device, non_blocking=True) for values in (
-            (draws.r < draws.t).nonzero()[:, 0], guided.nonzero()[:, 0], inside, *draws))
-    omega_inside = torch.where(inside, omega, 1)  # omega'
+    omega_inside = torch.where(inside, draws.omega, 1).to(x.device)
+    jvp_rows = (draws.r < draws.t).nonzero()[:, 0].to(x.device)
+    guided_rows = guided.nonzero()[:, 0].to(x.device)
+    e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)
     y = torch.where(drop, dit.num_classes, y)
 
     # z_t, and the only pass that autograd sees

@@ -271,9 +271,9 @@ def resume(path, states, settings):
     saved = sample.load_file(path)
     with error_context(f"{path} cannot be continued, choose another --out"):
         for name, value in settings.items():
-            was = saved["settings"][name]
-            if was != value:
-                raise ValueError(f"it was made with --{name.replace('_', '-')} {was}, not {value}")
+            if saved["settings"][name] != value:
+                raise ValueError(f"it was made with --{name.replace('_', '-')} "
+                                 f"{saved['settings'][name]}, not {value}")
         for name, state in states.items():
             state.load_state_dict(saved[name])
         return int(saved["step"]), int(saved["skipped"])
@@ -299,7 +299,7 @@ def gradients(net, parts, args, device):
         (loss / args.accum).backward()
         total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
     norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
-    return *total.tolist(), norm.item()
+    return torch.stack((*total, norm)).tolist()
 
 
 def update(net, ema, optimizer, lr, decay):
