@@ -1,0 +1,276 @@
+"""The pictures and studies of results/README.md that train something of their own or read logs.
+
+    python -m results.figures field                   a learned field beside the exact one
+    python -m results.figures tangents OUT ...        loss_u of runs with different tangents, seeds
+    python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
+
+`field` and `tangents` draw results/field.png and results/tangents.png (--out FILE: elsewhere), and
+need matplotlib: pip install matplotlib. All print the figures that results/README.md gives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import imf
+import sample
+import train
+
+COLOURS = {"conditional": "tab:red", "boundary": "tab:orange", "v-head": "tab:blue"}
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("this picture needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_picture(figure, path, dpi):
+    figure.tight_layout()
+    with sample.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+    print(f"wrote {path}")
+
+
+# ---- field: three Gaussians in the plane, whose velocity has a formula ----
+
+
+MEANS = torch.tensor([[-1.5, 0.5], [1.0, 1.2], [0.8, -1.0]])
+STD = 0.5
+
+
+def exact_v(z, t):
+    """E[e - x | z_t = z] of points z (B, 2) at a time t > 0."""
+    variance = ((1 - t) * STD) ** 2 + t**2
+    from_means = z[:, None] - (1 - t) * MEANS
+    weights = (-from_means.square().sum(2) / (2 * variance)).softmax(1)[..., None]
+    velocities = (t - (1 - t) * STD**2) / variance * from_means - MEANS
+    return (weights * velocities).sum(1)
+
+
+def exact_u(z, steps=500):
+    """u(z, 0, 1), the mean of v on the way from t = 1 to 0, by the midpoint rule."""
+    end = z
+    for k in range(steps, 0, -1):
+        middle = end - exact_v(end, k / steps) / (2 * steps)
+        end = end - exact_v(middle, (k - 0.5) / steps) / steps
+    return z - end
+
+
+def image(points, third):
+    """Points (B, 2) as images (B, 3, 1, 1) with this third channel: 0 in data, 1 in noise, and so
+    t in z_t. In the plane a point does not show its time, as a noisy image does."""
+    return nn.functional.pad(points, (0, 1), value=third)[..., None, None]
+
+
+class PlaneNet(nn.Module):
+    """What imf_loss asks of a network, and no more."""
+
+    num_classes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
+            nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 4))
+
+    def forward(self, z, t, h, omega, t_min, t_max, y):
+        u, v = self.layers(torch.cat((z.flatten(1), h[:, None]), 1)).chunk(2, 1)
+        return image(u, 1.0), image(v, 1.0)
+
+    def u(self, *args):
+        return self(*args)[0]
+
+    def v(self, *args):
+        return self(*args)[1]
+
+
+def train_in_the_plane(tangent, steps, seed):
+    """(net, loss_u of every step, the last batch of data)."""
+    torch.manual_seed(seed)
+    net, losses = PlaneNet(), []
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    y = torch.zeros(512, dtype=torch.long)
+    for _ in range(steps):
+        points = MEANS[torch.randint(3, (512,))] + STD * torch.randn(512, 2)
+        x = image(points, 0.0)
+        draws = imf.draw(x, t_mean=0, t_std=2, class_dropout=0)
+        draws.noise[:, 2] = 1
+        draws.omega[:] = 1  # no guidance
+        loss, logs = imf.imf_loss(net, x, y, draws, tangent, norm_eps=1e3)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(logs["loss_u"])
+    return net, torch.stack(losses), points
+
+
+@torch.no_grad()
+def learned_u(net, points):
+    one = torch.ones(len(points))
+    return net.u(image(points, 1.0), one, one, one, 0 * one, one, 0 * one)[:, :2, 0, 0]
+
+
+def draw_field(pyplot, net, points):
+    line = torch.stack((torch.linspace(-2.5, 2.5, 201), torch.full((201,), -0.5)), 1)
+    exact, learned, first = exact_u(line), learned_u(net, line), exact_v(line, 1)
+    figure, (plane, along) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), width_ratios=(5, 6))
+    plane.plot(*points.T, ".", color="0.8", ms=3)
+    plane.quiver(*line[::8].T, *-learned[::8].T, angles="xy", scale_units="xy", scale=1,
+                 width=0.004)
+    plane.plot(*(line - exact).T, "tab:orange", label="where the exact flow ends")
+    plane.set(title="one learned step from t = 1", aspect="equal")
+    plane.legend(fontsize=8)
+    for k, colour in enumerate(("tab:blue", "tab:green")):
+        along.plot(line[:, 0], exact[:, k], colour, label=f"exact u, coordinate {k + 1}")
+        along.plot(line[:, 0], learned[:, k], "k--", lw=1, label=("learned", None)[k])
+        along.plot(line[:, 0], first[:, k], colour, ls=":", lw=1, label=("v at t = 1", None)[k])
+    along.set(title="u(z, 0, 1) along the row of arrows", ylim=(-1.9, 1.1))
+    along.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def field(args):
+    """Prints of each tangent the relative error of u(z, 0, 1) on 2,000 points of noise, and loss_u
+    over the second half of the steps; then draws the field of the last, v-head."""
+    plot = pyplot()
+    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
+    exact = exact_u(noise)
+
+    def error(u):
+        return ((u - exact).norm() / exact.norm()).item()
+
+    for tangent in COLOURS:
+        net, losses, points = train_in_the_plane(tangent, args.steps, args.seed)
+        late = losses[args.steps // 2:]
+        print(f"{tangent}: error {error(learned_u(net, noise)):.3f}, "
+              f"loss_u {late.mean():.2f} +- {late.std():.2f}", flush=True)
+    print(f"v at t = 1, taken for u: error {error(exact_v(noise, 1)):.2f}")
+    save_picture(draw_field(plot, net, points), args.out or "results/field.png", 90)
+
+
+# ---- tangents: the logs of runs that differ in --tangent and --seed ----
+
+
+def read_runs(folders):
+    """(the steps of the logs, {tangent: loss_u (seeds, records)}) of runs. Raises ValueError."""
+    found, steps = {}, None
+    for folder in folders:
+        settings = sample.load_file(Path(folder, "last.pt"))["settings"]
+        records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        if steps not in (None, [record["step"] for record in records]):
+            raise ValueError(f"{folder}: its log has other steps than that of {folders[0]}")
+        steps = [record["step"] for record in records]
+        losses = [record["loss_u"] for record in records]
+        found.setdefault(settings["tangent"], []).append((settings["seed"], losses))
+    if len(steps) < 4:
+        raise ValueError("at least 4 records are needed in each log, see --log-every of train.py")
+    return np.array(steps), {
+        tangent: np.array([losses for _, losses in sorted(found[tangent])])
+        for tangent in COLOURS if tangent in found}
+
+
+def tangents(args):
+    """Prints for each tangent, seed by seed, the mean of loss_u over the last sixth of the records,
+    and its noise: the standard deviation from record to record in the second half. Draws both."""
+    plot = pyplot()
+    steps, runs = read_runs(args.folders)
+    window = min(10, len(steps))
+    figure, (one, every) = plot.subplots(1, 2, figsize=(9.6, 3.4))
+    for tangent, losses in runs.items():
+        last = losses[:, len(steps) * 5 // 6:].mean(1)
+        noise = np.diff(losses[:, len(steps) // 2:]).std(1) / 2**0.5
+        print(f"{tangent}: loss_u {last.round(3)}, noise {noise.round(3)}")
+        one.plot(steps, losses[0], COLOURS[tangent], lw=0.8, label=tangent)
+        smooth = np.array([np.convolve(row, np.ones(window) / window, "valid") for row in losses])
+        late = steps[window - 1:]
+        every.fill_between(late, smooth.min(0), smooth.max(0), color=COLOURS[tangent], alpha=0.25,
+                           lw=0)
+        every.plot(late, smooth.mean(0), COLOURS[tangent])
+    every_steps = steps[1] - steps[0]
+    one.set(title=f"loss_u, first seed, means of {every_steps} steps", xlabel="step")
+    every.set(title=f"means of {window * every_steps} steps, all seeds and their range",
+              xlabel="step")
+    one.set_ylim(0.2, 0.55)
+    every.set_ylim(0.25, 0.45)
+    one.legend()
+    save_picture(figure, args.out or "results/tangents.png", 80)
+
+
+# ---- variance: V for pairs (x, e) that all lie at the same z_t ----
+
+
+def pairs_at_one_point(digits, t, n):
+    """(z, e - x of n pairs): z a noisy digit, the pairs drawn from all that give this z. The data
+    are known, so they can be: x has the weight p(z | x), and e follows from z and x."""
+    z = (1 - t) * digits[torch.randint(len(digits), ())] + t * torch.randn(digits.shape[1:])
+    log_weights = -(z - (1 - t) * digits).square().sum((1, 2, 3)) / (2 * t**2)
+    x = digits[torch.multinomial(log_weights.softmax(0), n, True)]
+    return z.expand_as(x).contiguous(), (z - x) / t
+
+
+@torch.no_grad()
+def conditional_V(net, z, t, velocity, label):
+    """V = u + t du/dt with r = 0 and omega 1, the JVP along each pair's own e - x."""
+    one = torch.ones(len(z))
+    y = torch.full((len(z),), label)
+
+    def u(z, t, h):
+        return net.u(z, t, h, one, 0 * one, one, y)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        u, du_dt = torch.func.jvp(u, (z, t * one, t * one), (velocity, one, one))
+    return u + t * du_dt
+
+
+def variance(args):
+    """Prints for three times t, of 50 noisy digits and 32 pairs each: the variance per pixel of
+    e - x, of V along e - x, and of their difference. (Along v_theta, V is the same for all.)"""
+    net, _ = sample.load(args.checkpoint)
+    images, labels = train.digits(20_000)
+    if (net.image_size, net.channels, net.num_classes) != (images.shape[2], 1, 10):
+        raise ValueError(f"{args.checkpoint} was not trained on the digits")
+    torch.manual_seed(args.seed)
+    for t in (0.9, 0.8, 0.7):
+        found = []
+        for label in labels[:50].tolist():
+            digits = torch.from_numpy(images[labels == label]) / 127.5 - 1
+            z, velocity = pairs_at_one_point(digits, t, 32)
+            V = conditional_V(net, z, t, velocity, label)
+            found.append([values.var(0).mean() for values in (velocity, V, V - velocity)])
+        target, of_V, error = np.mean(found, 0)
+        print(f"t {t}: e - x {target:.3f}, V {of_V:.3f}, V - (e - x) {error:.3f}")
+
+
+def main():
+    parser = sample.command_line(__doc__)
+    commands = parser.add_subparsers(required=True)
+    for function in (field, tangents, variance):
+        command = commands.add_parser(function.__name__, description=function.__doc__)
+        command.set_defaults(function=function)
+        flag = command.add_argument
+        if function is tangents:
+            flag("folders", nargs="+", metavar="OUT", help="--out of a run of train.py")
+        else:
+            flag("--seed", type=sample.number(int, 0), default=0)
+        if function is field:
+            flag("--steps", type=sample.number(int, 2), default=3000)
+        if function is variance:
+            flag("checkpoint", nargs="?", default="out/last.pt")
+        else:
+            flag("--out", metavar="FILE.png")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sample.run(main)
