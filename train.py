@@ -234,6 +234,16 @@ def arguments():
     return args
 
 
+def join(args):
+    """(device, rank, world), and the default of --precision. Raises ValueError."""
+    device, rank, world = sample.join(args.device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
+    if args.batch_size % (args.accum * world):
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+                         "--accum times the number of processes")
+    return device, rank, world
+
+
 def load_data(args, device, rank, world):
     """(images, labels, number of classes, hash, VAE or None) of --data. Raises ValueError."""
     if not args.data:
@@ -318,6 +328,8 @@ def write_samples(path, ema, vae, seed):
 
 
 def write_log(path, step, record):
+    if torch.cuda.is_available():
+        record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with error_context(f"cannot write {path}"), open(path, "a") as file:
         print(json.dumps({"step": step, **finite}), file=file)
@@ -325,6 +337,7 @@ def write_log(path, step, record):
 
 def trim_log(path, step):
     """Drops the records made after the checkpoint of this step, which are made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_bytes().splitlines(True) if path.exists() else []
     with sample.atomic(path) as file:
         file.writelines(line for line in lines
@@ -357,10 +370,12 @@ def start(args, images, num_classes, source, vae, device):
     net, ema, optimizer = build(args, channels // 2 if vae else channels, image_size, num_classes,
                                 device)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
+    names = ["model", "vae", "tangent", "precision", "seed", *RECIPES]
+    names.remove("save_every")
+    if not args.cooldown:
+        names.remove("steps")  # which then do not shape the learning rate
     settings = {"data": source, "image_size": image_size}
-    for name in ("model", "vae", "tangent", "precision", "seed", *RECIPES):
-        if name not in ("save_every", "steps") or name == "steps" and args.cooldown:
-            settings[name] = getattr(args, name)
+    settings |= {name: getattr(args, name) for name in names}
     step, skipped = resume(Path(args.out, "last.pt"), states, settings)
     if len(set(sample.everyone(step))) > 1:
         raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
@@ -369,20 +384,17 @@ def start(args, images, num_classes, source, vae, device):
 
 def main():
     args = arguments()
-    device, rank, world = sample.join(args.device)
-    if args.batch_size % (args.accum * world):
-        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
-                         "--accum times the number of processes")
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
+    device, rank, world = join(args)
     images, labels, num_classes, source, vae = load_data(args, device, rank, world)
     score = make_scorer(args, device, rank, world) if args.fid_ref else None
     states, settings, step, skipped = start(args, images, num_classes, source, vae, device)
     net, ema, optimizer = states.values()
-    parallel = DistributedDataParallel(net) if dist.is_initialized() else net
+    parallel = net
+    if dist.is_initialized():
+        parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
     parts = batches(images, labels, args, step, rank, world)
     out = Path(args.out)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         trim_log(out / "log.jsonl", step)
 
     signals = []  # the run ends after the step in which one arrives
