@@ -30,8 +30,13 @@ import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-torch.set_num_threads(1)  # the networks here are small; and sums have one order
 SMALL = dict(patch_size=2, hidden_size=32, depth=3, num_heads=2, head_depth=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The networks here are small, and sums have one order."""
+    torch.set_num_threads(1)
 
 
 def network(image_size=8, channels=2, num_classes=5, **sizes):
@@ -707,6 +712,7 @@ def test_an_update_is_adamw_of_the_release_and_its_average():
     torch.testing.assert_close(p, torch.full_like(p, -0.01))  # the first step is lr * sign
     average = ema.u_final_layer.linear.weight
     torch.testing.assert_close(average, torch.full_like(average, 0.75 * 1 - 0.25 * 0.01))
+    assert not any(p.requires_grad for p in ema.parameters())  # or a graph would grow every step
 
 
 @pytest.fixture

@@ -312,6 +312,7 @@ def gradients(net, parts, args, device):
     return torch.stack((*total, norm)).tolist()
 
 
+@torch.no_grad()
 def update(net, ema, optimizer, lr, decay):
     """One step of AdamW, and of the EMA: ema = decay * ema + (1 - decay) * net."""
     optimizer.param_groups[0]["lr"] = lr
