@@ -85,7 +85,7 @@ def mixed_7(channels, pool):
 
 class Inception(nn.Module):
     """The Inception of 2015-12-05; its modules have the names of the published state dict.
-    Images uint8 (B, 3, H, W) -> features (B, 2048) and logits (B, 1008) without the bias."""
+    Images (B, 1 or 3, H, W), 0 to 255 -> features (B, 2048), logits (B, 1008) without the bias."""
 
     def __init__(self, weights=None):
         """weights: the path of the state dict; None downloads it. Raises ValueError."""
@@ -193,7 +193,7 @@ def extract(inception, batches, num, name="", rank=0, world=1):
 
 
 def read_statistics(path):
-    """(mu, sigma) of an .npz, also named ref_mu, ref_sigma; None without. Raises ValueError."""
+    """(mu, sigma) or (ref_mu, ref_sigma) of an .npz; None if it has neither. Raises ValueError."""
     with sample.error_context(f"{path}: expected images arr_0, or mu and sigma of 2048 features"):
         with np.load(path, allow_pickle=False) as npz:
             names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
@@ -254,6 +254,7 @@ def main():
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.sampling_options(flag)
     args = parser.parse_args()
+    os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
     device, rank, world = sample.join(args.device)
     sides = [open_side(path, args, device, rank, world) for path in (args.A, args.B) if path]
     inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None

@@ -62,13 +62,15 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 
     net is a DiT, or a DDP around one. tangent is the direction of du/dt: "v-head" (iMF),
     "boundary" (iMF without that head: u at r = t) or "conditional" (the original MeanFlow: v_g).
-    The loss is always close to 2 and says nothing, as each squared error is divided by itself plus
-    norm_eps; loss_u and loss_v are the mean squared errors of V and v. Raises ValueError."""
+    With a small norm_eps the loss stays close to 2 and says nothing: each squared error is divided
+    by itself plus norm_eps. loss_u, loss_v are the mean squared errors of V, v. Raises ValueError.
+    """
     if tangent not in TANGENTS:
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
 
-    # omega', and the samples with r < t and the guided ones; the draws are on the CPU: no stall
+    # omega' (omega inside the interval, else 1), the rows with r < t, the guided rows; draws that
+    # are on the CPU do not make a GPU wait
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = inside & (draws.omega != 1) & ~draws.drop
     omega_inside = torch.where(inside, draws.omega, 1).to(x.device)
@@ -82,7 +84,8 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     u, v = net(z, t, t - r, omega, t_min, t_max, y)
 
     with torch.no_grad():
-        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u); where r = t, v is v_c already
+        # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), where v_c is guided itself: at v_c = v_g this
+        # is v_u + omega' (e - x - v_u). Where r = t the interval is [0, 1], and v is v_c already
         v_c = v.clone()
         v_c[jvp_rows] = velocity(dit.v, jvp_rows, z, t, omega_inside, y)
         v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, e - x)
@@ -124,7 +127,7 @@ def guided_velocity(dit, rows, z, t, omega_inside, v_c, v):
 
 def total_derivative(dit, rows, v_theta, z, t, r, omega, t_min, t_max, y):
     """du/dt (B, C, H, W) along the flow: in these rows a JVP with the tangents (v_theta, 1, 1) of
-    (z, t, h = t - r); elsewhere r = t, where it does not count, and 0."""
+    (z, t, h = t - r); in the others, where r = t, its factor t - r is 0 and it is left at 0."""
     du_dt, one = torch.zeros_like(z), torch.ones_like(t[rows])
     with dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
         u = dit.u(make_dual(z[rows], v_theta), make_dual(t[rows], one),
@@ -134,7 +137,7 @@ def total_derivative(dit, rows, v_theta, z, t, r, omega, t_min, t_max, y):
 
 
 def weighted_error(prediction, target, norm_eps):
-    """The mean of s / sg[s + norm_eps], s being a sample's squared error: all pull about alike."""
+    """The mean of s / sg[s + norm_eps], s a sample's squared error: a large s weighs less."""
     s = (prediction - target).square().flatten(1).sum(1)
     return (s / (s + norm_eps).detach()).mean()
 
@@ -142,10 +145,10 @@ def weighted_error(prediction, target, norm_eps):
 @torch.no_grad()
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):
     """Images from noise (B, C, H, W) and classes y (B,), in `steps` evaluations of u.
-    omega, t_min, t_max are numbers or (B,) tensors, free at every call."""
-    conditions = (torch.as_tensor(value, dtype=noise.dtype, device=noise.device).expand(len(y))
-                  for value in (omega, t_min, t_max))
-    omega, t_min, t_max = conditions
+    omega, t_min, t_max are numbers or (B,) tensors and may differ at every call."""
+    omega, t_min, t_max = (
+        torch.as_tensor(value, dtype=noise.dtype, device=noise.device).expand(len(y))
+        for value in (omega, t_min, t_max))
     z, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
         h = torch.full_like(omega, t - r)

@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, written out where that is faster (compiled) or has no JVP (on CUDA)."""
+    """nn.RMSNorm, written out when compiled (faster) and in a JVP (it has none on CUDA)."""
 
     def forward(self, x):
         if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is None:
@@ -95,7 +95,7 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
     def forward(self, x, dx, rotary):
-        """(x, dx) after the block; dx is the tangent of a JVP: compiled code takes no duals."""
+        """x and its tangent after the block; apart, as compiled code takes no dual tensors."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
@@ -131,13 +131,13 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". t is not used. Raises ValueError for sizes that do not fit."""
+    being "no class". t completes (z, t, h), it is ignored. Raises ValueError if sizes do not fit."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size} is no multiple of the patch's, {patch_size}")
+            raise ValueError(f"image size {image_size} is no multiple of {patch_size} below 4096")
         if hidden_size % (2 * num_heads) or not 1 <= head_depth <= depth:
             raise ValueError(f"{hidden_size=} {num_heads=} {depth=} {head_depth=} do not fit")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import imf, model
 
-# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in more steps
+# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in several
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
@@ -86,21 +86,22 @@ def main():
     flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png by CHECKPOINT")
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    if out.is_dir() and (out.suffix in (".png", ".npz") or os.listdir(out)):
+    other_format = out.suffix.lower() in Image.registered_extensions() and out.suffix != ".png"
+    if other_format or out.is_dir() and (out.suffix in (".png", ".npz") or os.listdir(out)):
         raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a new FOLDER")
     device, rank, world = join(args.device)
     net, vae, settings = prepare(args.checkpoint, args, device)
     classes = args.classes or range(net.num_classes)
     if max(classes) >= net.num_classes:
         raise ValueError(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
-    columns = args.num or (100 if len(settings) == 1 else 10)
+    per_setting = args.num or (100 if len(settings) == 1 else 10)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     # a row of images for each setting; process k of n samples every n-th of all images
-    positions, mine = range(columns * len(settings)), []
+    positions, mine = range(per_setting * len(settings)), []
     with tqdm(total=len(positions), unit=" images", disable=rank > 0) as bar:
         for row, setting in enumerate(settings):
-            numbers = [i % columns for i in positions[rank::world] if i // columns == row]
+            numbers = [i % per_setting for i in positions[rank::world] if i // per_setting == row]
             for batch in generate(net, numbers, classes, args.seed, vae, **setting):
                 mine += list(batch)
                 bar.update(len(batch) * world)
@@ -110,9 +111,9 @@ def main():
     for k, share in enumerate(everyone(mine)):
         images[k::world] = share
     if rank == 0 and out.suffix == ".png":
-        write_sheet(out, np.stack(images), 10 if len(settings) == 1 else columns)
+        write_sheet(out, np.stack(images), 10 if len(settings) == 1 else per_setting)
     elif rank == 0 and out.suffix == ".npz":  # ADM's format: images (N, H, W, 3), labels (N,)
-        labels = [classes[i % columns % len(classes)] for i in positions]
+        labels = [classes[i % per_setting % len(classes)] for i in positions]
         with atomic(out) as file:
             np.savez(file, arr_0=np.stack(images).transpose(0, 2, 3, 1), arr_1=labels)
     elif rank == 0:
@@ -157,7 +158,7 @@ def load_vae(name, device="cpu"):
 
 
 def recommended(net, latents, steps):
-    """{"omega", "t_min", "t_max"} for whoever names none."""
+    """The default {"omega", "t_min", "t_max"}."""
     table = RECOMMENDED if steps == 1 else RECOMMENDED_IN_STEPS
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
     return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (2, 0, 1))))
@@ -217,7 +218,7 @@ def error_context(what):
     try:
         yield
     except Exception as error:
-        # of a full disk torch.save says nothing itself
+        # torch.save hides the OSError of a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise ValueError(f"{what}: {' '.join(reason.split())[:200]}") from error
@@ -277,7 +278,7 @@ def files(folder):
     """The paths of all files below a folder, sorted, but for hidden ones. Raises ValueError."""
     found = sorted(os.path.join(root, name)
                    for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = [path for path in found if f"{os.sep}." not in path[len(str(folder)):]]
+    found = [path for path in found if f"{os.sep}." not in os.sep + os.path.relpath(path, folder)]
     if not found:
         raise ValueError(f"{folder}: no such folder, or an empty one")
     return found

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2
 
 OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
-continues where it stopped and ends in the same weights; so does any number of processes."""
+continues where it stopped and ends in the same weights; so does any number of
+processes, up to rounding."""
 
 import argparse, copy, functools, hashlib, itertools, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +23,17 @@ from tqdm import tqdm
 import fid, imf, model, sample
 from sample import error_context, number
 
-COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+COUNT, FRACTION, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
-# flag: (default of tiny, minutes on two CPU cores; of the paper's models; type; help). The
-# release trains for 640 epochs of ImageNet, 10 of them warm-up; an epoch is 1,251 steps
+# flag: (default of tiny, which takes minutes on two CPU cores; default of the others; type; help);
+# the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images per step"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
     "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
-    "cooldown": (1.0, 0.0, SHARE, "last fraction of the steps, in which it falls to 0"),
+    "cooldown": (1.0, 0.0, FRACTION, "last fraction of the steps, in which the rate falls to 0"),
     "steps": (3200, 640 * 1251, COUNT, "training steps"),
-    "ema": (0.99, 0.9999, SHARE, "decay of the averaged weights"),
+    "ema": (0.99, 0.9999, FRACTION, "decay of the averaged weights"),
     "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
     "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
@@ -41,12 +42,12 @@ RECIPES = {
 CHUNK = 4096  # images in a file of a cache
 
 
-# ---- Data: images, labels (N,), number of classes, and a text that tells other images apart ----
+# ---- Data: images, labels (N,), number of classes, and a text that identifies the images ----
 
 
 def digits(n, seed=0):
     """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
-    in Pillow's own font, varied in place, size, angle and stroke."""
+    in Pillow's own font, varied in position, size, angle and stroke."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 12, 12), np.uint8)
@@ -76,7 +77,7 @@ def decode(path, size):
     try:
         return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
     except Exception:  # a damaged file may raise anything
-        return tqdm.write(f"left out, no image of 8 bits: {path}", sys.stderr)
+        tqdm.write(f"skipped, not an 8-bit image: {path}", sys.stderr)
 
 
 def scan(folder, size, vae):
@@ -132,7 +133,8 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     needed = min(len(todo) * CHUNK, len(paths)) * size**2 * (0.25 if vae else 3)
     if rank == 0 and todo and needed > shutil.disk_usage(cache).free:
         raise ValueError(f"{cache}: {needed / 1e9:.2f} GB are needed, the disk has less")
-    with tqdm(total=len(paths), desc="decoding", unit=" images", disable=rank or not todo) as bar:
+    own = sum(len(paths[k * CHUNK:(k + 1) * CHUNK]) for k in todo[rank::world])
+    with tqdm(total=own, desc="decoding", unit=" images", disable=rank or not todo) as bar:
         for k in todo[rank::world]:
             part = slice(k * CHUNK, (k + 1) * CHUNK)
             chunk = encode(paths[part], labels[part], size, vae, bar)
@@ -140,7 +142,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
                 torch.save(chunk, file)
     sample.everyone()
 
-    # all chunks, mapped into memory, without what is no image
+    # all chunks, mapped into memory, without the files that are no images
     maps = [sample.load_file(path) for path in chunks]
     with error_context(f"{cache} is damaged, remove it"):
         labels = torch.cat([chunk["labels"] for chunk in maps]).numpy()
@@ -150,7 +152,7 @@ def folder_data(folder, size, cache, vae=None, rank=0, world=1):
     good = np.flatnonzero(labels >= 0)
     if len(good) < 0.99 * len(labels) - 10 or len(set(labels[good])) < num_classes:
         raise ValueError(f"--data {folder}: {len(labels) - len(good)} of {len(labels)} files are "
-                         f"no images, or a whole class (to try them again, remove {cache})")
+                         f"no images, or all of a class (to try them again, remove {cache})")
     return Subset(images, good), labels[good], num_classes, f"{len(good)} images, {source[:12]}"
 
 
@@ -200,13 +202,13 @@ def arguments():
     flag = parser.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
-    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="32; of latents 256")
+    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="default: 32, with a VAE 256")
     flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
     flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
-        flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; {tiny}, not tiny: {paper}")
+        flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; tiny {tiny}, else {paper}")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-checkpoint", action="store_true", help="less memory: compute activations twice")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
@@ -227,7 +229,7 @@ def arguments():
     args.image_size = args.image_size or (32 if args.vae == "none" else 256)
     patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
     if args.data and args.image_size % patch:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of the patch's, {patch}")
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch's {patch}")
     for name, (tiny, paper, *_) in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else paper)
@@ -259,11 +261,11 @@ def build(args, channels, image_size, num_classes, device):
     torch.manual_seed(args.seed)
     net = model.DiT(image_size, channels, num_classes, **model.MODELS[args.model])
     if args.init and not Path(args.out, "last.pt").exists():
-        start, _ = sample.load(args.init)
-        if start.v_heads is None:  # as released: where r = t it should equal u, so it is a copy
-            start.v_heads, start.v_final_layer = copy.deepcopy((start.u_heads, start.u_final_layer))
+        given, _ = sample.load(args.init)
+        if given.v_heads is None:  # as released; v = u where r = t, so it begins as a copy of u's
+            given.v_heads, given.v_final_layer = copy.deepcopy((given.u_heads, given.u_final_layer))
         with error_context(f"--init {args.init} does not fit"):
-            net.load_state_dict(start.state_dict())
+            net.load_state_dict(given.state_dict())
     net.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False)
     if args.compile or args.compile is None and device.type == "cuda":
@@ -323,8 +325,8 @@ def update(net, ema, optimizer, lr, decay):
 def write_samples(path, ema, vae, seed):
     """A sheet of ten classes: two rows in one step, two rows in two."""
     classes = [k * ema.num_classes // 10 for k in range(10)]
-    images = [batch for steps in (1, 2)
-              for batch in sample.generate(ema, range(20), classes, seed, vae, steps=steps)]
+    images = [part for steps in (1, 2)
+              for part in sample.generate(ema, range(20), classes, seed, vae, steps=steps)]
     sample.write_sheet(path, np.concatenate(images), 10)
 
 
@@ -400,7 +402,7 @@ def main():
 
     signals = []  # the run ends after the step in which one arrives
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: signals.append(number))
+        signal.signal(name, lambda signum, frame: signals.append(signum))
     history, streak, stop = [], 0, False
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
