@@ -131,7 +131,7 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". t completes (z, t, h), it is ignored. Raises ValueError if sizes do not fit."""
+    being "no class". t completes (z, t, h), it is ignored. Raises ValueError for bad sizes."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import imf, model
 
-# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in several
+# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in 2 steps
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
