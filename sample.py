@@ -107,8 +107,11 @@ def main():
                 bar.update(len(batch) * world)
 
     # the first process puts them in order and writes them
+    shares = [mine] * world
+    if dist.is_initialized():
+        dist.gather_object(mine, shares if rank == 0 else None)
     images = [None] * len(positions)
-    for k, share in enumerate(everyone(mine)):
+    for k, share in enumerate(shares if rank == 0 else ()):
         images[k::world] = share
     if rank == 0 and out.suffix == ".png":
         write_sheet(out, np.stack(images), 10 if len(settings) == 1 else per_setting)
