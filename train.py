@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2
 
 OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
-continues where it stopped and ends in the same weights; so does any number of
-processes, up to rounding."""
+continues where it stopped and ends in the same weights; so does, up to rounding, any number of
+processes."""
 
 import argparse, copy, functools, hashlib, itertools, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
