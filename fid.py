@@ -205,21 +205,22 @@ def read_statistics(path):
 
 
 def read_images(path):
-    """The images uint8 (N, H, W, 3) of an .npz, its arr_0; N = 0 without. Raises ValueError."""
-    with sample.error_context(f"{path}: expected arr_0, uint8 (N, H, W, 3)"):
+    """The images of an .npz, its arr_0, as uint8 (N, H, W, C), C 1 or 3; N = 0 without. Raises
+    ValueError."""
+    with sample.error_context(f"{path}: expected arr_0, uint8 (N, H, W) or (N, H, W, 3)"):
         with np.load(path, allow_pickle=False) as npz:
             images = npz["arr_0"] if "arr_0" in npz else np.empty((0, 1, 1, 3), np.uint8)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        images = images[..., None] if images.ndim == 3 else images
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(f"it is {images.dtype} {images.shape}")
         return images
 
 
 def read_batches(images, device):
-    """Yields tensors (b, 3, 299, 299) of files or of arrays (H, W, 3), 32 at a time."""
+    """Yields tensors (b, 3, 299, 299) of files or of arrays (H, W, C), 32 at a time."""
     def tensor(image):
         if isinstance(image, str):
-            with sample.error_context(f"{image} is damaged or no image"):
-                image = np.array(sample.open_image(image))
+            image = np.array(sample.open_image(image))
         return resize(torch.tensor(image, device=device).permute(2, 0, 1)[None])
 
     with ThreadPoolExecutor() as pool:
@@ -232,7 +233,7 @@ def open_side(path, args, device, rank, world):
     has a setting for each guidance scale. Raises ValueError."""
     statistics = None
     if os.path.isdir(path):
-        images = sample.files(path)
+        images = sample.images_in(path)
     elif path.endswith(".npz"):
         statistics, images = read_statistics(path), read_images(path)
     else:

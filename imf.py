@@ -82,13 +82,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     # z_t, and the only pass that autograd sees
     z = (1 - column(t)) * x + column(t) * e
     u, v = net(z, t, t - r, omega, t_min, t_max, y)
+    target = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)  # equal for t > 0.05
 
     with torch.no_grad():
         # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), where v_c is guided itself: at v_c = v_g this
         # is v_u + omega' (e - x - v_u). Where r = t the interval is [0, 1], and v is v_c already
         v_c = v.clone()
         v_c[jvp_rows] = velocity(dit.v, jvp_rows, z, t, omega_inside, y)
-        v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, e - x)
+        v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, target)
 
         # du/dt along (dz, dt) = (v_theta, 1), zero where r = t
         if tangent == "v-head":
@@ -116,11 +117,11 @@ def velocity(branch, rows, z, t, omega, y):
     return branch(z[rows], t[rows], zero, omega[rows], zero, zero + 1, y[rows])
 
 
-def guided_velocity(dit, rows, z, t, omega_inside, v_c, v):
-    """v_g, the target of the regression: v = e - x, in these rows guided away from v_u."""
+def guided_velocity(dit, rows, z, t, omega_inside, v_c, target):
+    """v_g, the target of the regression: e - x, in these rows guided away from v_u."""
     no_class = torch.full(t.shape, dit.num_classes, device=t.device)
     v_u = velocity(dit.v, rows, z, t, torch.ones_like(t), no_class)
-    v_g = v.clone()
+    v_g = target.clone()
     v_g[rows] += column(1 - 1 / omega_inside[rows]) * (v_c[rows] - v_u)
     return v_g
 

@@ -5,7 +5,8 @@
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
 The blocks are not told t, only h = t - r: they infer the noise level from z_t. Sampling needs no
-v-head."""
+v-head. In pixel space the last layer predicts the clean image, from which both velocities follow
+(pixel MeanFlow, arXiv 2601.22158): noise is hard to draw, and need not be drawn then."""
 
 import functools, math
 from collections import OrderedDict
@@ -131,10 +132,11 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". t completes (z, t, h), it is ignored. Raises ValueError for bad sizes."""
+    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x", whence
+    u = (z - x) / t; t serves no other purpose. Raises ValueError for bad sizes."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
-                 num_heads, head_depth):
+                 num_heads, head_depth, predict="u"):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
             raise ValueError(f"image size {image_size} is no multiple of {patch_size} below 4096")
@@ -142,6 +144,7 @@ class DiT(nn.Module):
             raise ValueError(f"{hidden_size=} {num_heads=} {depth=} {head_depth=} do not fit")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
+        self.predict = predict
         self.grad_checkpoint = False  # True: compute activations twice, to save memory
 
         def tokens(n):
@@ -168,16 +171,20 @@ class DiT(nn.Module):
 
     def forward(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
-        return (self._branch(self.u_heads, self.u_final_layer, features),
-                self._branch(self.v_heads, self.v_final_layer, features))
+        return (self._branch(self.u_heads, self.u_final_layer, features, z, t),
+                self._branch(self.v_heads, self.v_final_layer, features, z, t))
 
     def u(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
-        return self._branch(self.u_heads, self.u_final_layer, features)
+        return self._branch(self.u_heads, self.u_final_layer, features, z, t)
 
     def v(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
-        return self._branch(self.v_heads, self.v_final_layer, features)
+        return self._branch(self.v_heads, self.v_final_layer, features, z, t)
+
+    def velocity_from(self, x, z, t):
+        """The velocity that leads from the image x to z (B, C, H, W) in the time t (B,)."""
+        return (z - x) / t.clamp(min=0.05).view(-1, 1, 1, 1)  # smaller t would amplify errors
 
     def compile(self, **options):
         """torch.compile of every block, in place; all blocks share their compiled code."""
@@ -204,7 +211,7 @@ class DiT(nn.Module):
             x, dx = block(x, dx, rotary)
         return x if dx is None else forward_ad.make_dual(x, dx)
 
-    def _branch(self, blocks, final_layer, features):
+    def _branch(self, blocks, final_layer, features, z, t):
         if blocks is None:
             raise ValueError("these weights have no v-head: they can sample, not train")
         n, p = self.image_size // self.patch_size, self.patch_size
@@ -212,10 +219,11 @@ class DiT(nn.Module):
         # the patch tokens (B, n * n, p * p * C) as an image (B, C, H, W)
         out = final_layer(self._run(blocks, features)[:, -n * n:]).float()
         out = out.unflatten(2, (p, p, -1)).unflatten(1, (n, n))
-        return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return out if self.predict == "u" else self.velocity_from(out, z, t)
 
 
-def from_state(state, image_size=32):
+def from_state(state, image_size=32, predict="u"):
     """The DiT whose state_dict() this is, not copied; the other sizes are read off the shapes.
 
     Raises KeyError, ValueError, RuntimeError, ... if it is not the state dict of a DiT."""
@@ -226,7 +234,7 @@ def from_state(state, image_size=32):
     num_heads = hidden_size // len(state["u_heads.0.attn.q_norm.weight"])
     with torch.device("meta"):
         net = DiT(image_size, channels, num_classes, patch_size, hidden_size,
-                  shared + u, num_heads, u)
+                  shared + u, num_heads, u, predict)
     if v == 0:
         net.v_heads = None
     net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)

@@ -25,6 +25,7 @@ RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 4
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
 # the paper's VAE, and the mean and standard deviation of each channel of its latents of ImageNet
+IMAGE_EXTENSIONS = Image.registered_extensions()
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
 LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
@@ -86,7 +87,7 @@ def main():
     flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png by CHECKPOINT")
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    other_format = out.suffix.lower() in Image.registered_extensions() and out.suffix != ".png"
+    other_format = out.suffix.lower() in IMAGE_EXTENSIONS and out.suffix != ".png"
     if other_format or out.is_dir() and (out.suffix in (".png", ".npz") or os.listdir(out)):
         raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a new FOLDER")
     device, rank, world = join(args.device)
@@ -134,8 +135,8 @@ def load(path, device="cpu"):
     saved = load_file(path)
     with error_context(f"{path} holds no weights of iMF"):
         if "ema" in saved:
-            info = {"vae": "none", **saved["settings"], "step": saved["step"]}
-            net = model.from_state(saved["ema"], int(info["image_size"]))
+            info = {"vae": "none", "predict": "u", **saved["settings"], "step": saved["step"]}
+            net = model.from_state(saved["ema"], int(info["image_size"]), info["predict"])
         else:
             net, info = model.from_official(saved), {"vae": VAE}
         if not all(p.isfinite().all() for p in net.parameters()):
@@ -236,6 +237,9 @@ def number(kind, low, high=10**12):
     return number
 
 
+COUNT = number(int, 1)
+
+
 def join(name=None):
     """(device, rank, world) of this process, which joins the others if torchrun started it."""
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -251,7 +255,7 @@ def join(name=None):
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():  # gloo for the CPU, NCCL for GPUs
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
     return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -277,21 +281,22 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def files(folder):
-    """The paths of all files below a folder, sorted, but for hidden ones. Raises ValueError."""
+def images_in(folder):
+    """The paths of all images below a folder, by their extension, sorted, but for hidden files.
+    Raises ValueError."""
     found = sorted(os.path.join(root, name)
-                   for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = [path for path in found if f"{os.sep}." not in os.sep + os.path.relpath(path, folder)]
+                   for root, _, names in os.walk(folder, followlinks=True) for name in names
+                   if name[0] != "." and Path(name).suffix.lower() in IMAGE_EXTENSIONS)
     if not found:
-        raise ValueError(f"{folder}: no such folder, or an empty one")
+        raise ValueError(f"{folder}: no such folder, or no images in it")
     return found
 
 
 def open_image(path):
-    """A picture of 8 bits as PIL RGB, converted as in ADM. Raises anything if it is damaged."""
-    with Image.open(path) as image:
+    """A picture of 8 bits as PIL RGB, converted as in ADM. Raises ValueError."""
+    with error_context(f"{path} is no image of 8 bits"), Image.open(path) as image:
         if image.mode[0] in "IF":
-            raise ValueError("more than 8 bits")
+            raise ValueError("it has more")
         return image.convert("RGB")
 
 

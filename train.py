@@ -8,7 +8,7 @@ OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. Th
 continues where it stopped and ends in the same weights; so does, up to rounding, any number of
 processes."""
 
-import argparse, copy, functools, hashlib, itertools, json, math, os, shutil, signal, sys, time
+import argparse, copy, datetime, functools, hashlib, itertools, json, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 import fid, imf, model, sample
-from sample import error_context, number
+from sample import COUNT, error_context, number
 
-COUNT, FRACTION, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+FRACTION, POSITIVE = number(float, 0, 1), number(float, 1e-12)
 
 # flag: (default of tiny, which takes minutes on two CPU cores; default of the others; type; help);
 # the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
@@ -42,23 +42,23 @@ RECIPES = {
 CHUNK = 4096  # images in a file of a cache
 
 
-# ---- Data: images, labels (N,), number of classes, and a text that identifies the images ----
+# ---- Data: images (N, C, H, W), labels (N,) and a text that identifies them ----
 
 
 def digits(n, seed=0):
-    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 12, 12), labels (n,),
+    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 32, 32), labels (n,),
     in Pillow's own font, varied in position, size, angle and stroke."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
-    images = np.empty((n, 1, 12, 12), np.uint8)
-    fonts = [ImageFont.load_default(size) for size in range(33, 41)]
+    images = np.empty((n, 1, 32, 32), np.uint8)
+    fonts = [ImageFont.load_default(size) for size in range(42, 54)]
     for image, label in zip(images, labels):
-        canvas = Image.new("L", (48, 48))
+        canvas = Image.new("L", (64, 64))
         font = fonts[rng.integers(len(fonts))]
-        ImageDraw.Draw(canvas).text((24, 24), str(label), 255, font, anchor="mm",
-                                    stroke_width=rng.uniform(0.6, 1.8))
-        angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-3, 3, 2))
-        image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(4)
+        ImageDraw.Draw(canvas).text((32, 32), str(label), 255, font, anchor="mm",
+                                    stroke_width=rng.uniform(0.5, 4))
+        angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-4, 4, 2))
+        image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(2)
     return images, labels
 
 
@@ -73,87 +73,93 @@ def centre_crop(image, size):
 
 
 def decode(path, size):
-    """The picture in a file, uint8 (3, size, size), or None if there is none."""
-    try:
-        return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
-    except Exception:  # a damaged file may raise anything
-        tqdm.write(f"skipped, not an 8-bit image: {path}", sys.stderr)
+    """The picture in a file, uint8 (3, size, size). Raises ValueError."""
+    return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
 
 
 def scan(folder, size, vae):
-    """(paths, labels, number of classes, a hash of all) of a folder with a sub-folder per class.
-    Raises ValueError."""
-    names = [os.path.relpath(path, folder) for path in sample.files(folder)]
+    """(paths, labels, a hash of all) of the images in a folder with a sub-folder per class. Raises
+    ValueError."""
+    names = [os.path.relpath(path, folder) for path in sample.images_in(folder)]
     names = [name for name in names if os.sep in name]
     if not names:
-        raise ValueError(f"--data {folder}: no sub-folders, expected one for each class")
-    classes, labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)
+        raise ValueError(f"--data {folder}: no images in sub-folders, one for each class")
+    labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)[1]
     paths = [os.path.join(folder, name) for name in names]
     source = hashlib.sha256(f"{size}".encode())
     for weight in vae.parameters() if vae else ():
         source.update(weight.cpu().numpy())
     for name, stat in zip(names, map(os.stat, paths)):
         source.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return paths, labels, len(classes), source.hexdigest()
+    return paths, labels, source.hexdigest()
 
 
-def encode(paths, labels, size, vae, bar):
-    """{"images", "labels"}, a chunk of a cache; the label of what is no image is -1. Images are
-    uint8 (n, 3, size, size); with a VAE float16 (n, 8, h, w), the posterior's mean and std."""
-    images, labels = [], torch.tensor(labels)
+def encode(paths, size, vae, bar):
+    """The images of these files, uint8 (n, 3, size, size); with a VAE float16 (n, 8, h, w), mean
+    and standard deviation of the posterior. Raises ValueError."""
+    images = []
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(functools.partial(decode, size=size), paths)
-        for start in range(0, len(paths), 8):  # always 8: another number would round differently
-            group = list(itertools.islice(decoded, 8))
-            for i, image in enumerate(group):
-                if image is None:
-                    labels[start + i] = -1
-                    group[i] = np.zeros((3, size, size), np.uint8)
+        while group := list(itertools.islice(decoded, 8)):
             x = torch.from_numpy(np.stack(group))
             if vae:
                 posterior = vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist
                 x = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
             images.append(x)
             bar.update(len(group))
-    return {"images": torch.cat(images), "labels": labels}
+    return torch.cat(images)
 
 
 def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """The data of a folder with a sub-folder per class, by way of chunks in a cache, of which
-    process k of n makes every n-th. Raises ValueError."""
+    """The data of a folder with a sub-folder per class, by way of a cache. Process k of n makes
+    every n-th chunk. Raises ValueError."""
     # the first process scans the folder and tells the others
     found = scan(folder, size, vae) if rank == 0 else None
-    paths, labels, num_classes, source = sample.everyone(found)[0]
+    paths, labels, source = sample.everyone(found)[0]
     cache = Path(cache, source[:12])
     cache.mkdir(parents=True, exist_ok=True)
 
     # a chunk appears whole, so one that exists is complete
-    chunks = [cache / f"{start:08d}.pt" for start in range(0, len(paths), CHUNK)]
-    todo = [k for k, path in enumerate(chunks) if not path.exists()]
-    needed = min(len(todo) * CHUNK, len(paths)) * size**2 * (0.25 if vae else 3)
-    if rank == 0 and todo and needed > shutil.disk_usage(cache).free:
-        raise ValueError(f"{cache}: {needed / 1e9:.2f} GB are needed, the disk has less")
-    own = sum(len(paths[k * CHUNK:(k + 1) * CHUNK]) for k in todo[rank::world])
+    todo = [start for start in range(0, len(paths), CHUNK)
+            if not Path(cache, f"{start:09d}.pt").exists()][rank::world]
+    own = sum(len(paths[start:start + CHUNK]) for start in todo)
     with tqdm(total=own, desc="decoding", unit=" images", disable=rank or not todo) as bar:
-        for k in todo[rank::world]:
-            part = slice(k * CHUNK, (k + 1) * CHUNK)
-            chunk = encode(paths[part], labels[part], size, vae, bar)
-            with sample.atomic(chunks[k]) as file:
+        for start in todo:
+            part = slice(start, start + CHUNK)
+            images = encode(paths[part], size, vae, bar)
+            chunk = {"images": images, "labels": torch.tensor(labels[part]), "total": len(paths)}
+            with sample.atomic(Path(cache, f"{start:09d}.pt")) as file:
                 torch.save(chunk, file)
-    sample.everyone()
+    if dist.is_initialized():  # others may still encode, for hours
+        dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
+    return cached_data(cache)
 
-    # all chunks, mapped into memory, without the files that are no images
-    maps = [sample.load_file(path) for path in chunks]
-    with error_context(f"{cache} is damaged, remove it"):
-        labels = torch.cat([chunk["labels"] for chunk in maps]).numpy()
-        images = ConcatDataset([chunk["images"] for chunk in maps])
-        if not len(images) == len(labels) == len(paths):
-            raise ValueError("images are missing")
-    good = np.flatnonzero(labels >= 0)
-    if len(good) < 0.99 * len(labels) - 10 or len(set(labels[good])) < num_classes:
-        raise ValueError(f"--data {folder}: {len(labels) - len(good)} of {len(labels)} files are "
-                         f"no images, or all of a class (to try them again, remove {cache})")
-    return Subset(images, good), labels[good], num_classes, f"{len(good)} images, {source[:12]}"
+
+def cached_data(cache):
+    """The data in the chunks of a cache, mapped into memory. Raises ValueError."""
+    chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("*.pt"))]
+    with error_context(f"{cache} is damaged or incomplete"):
+        labels = torch.cat([chunk["labels"] for chunk in chunks])
+        images = ConcatDataset([chunk["images"] for chunk in chunks])
+        if not len(images) == len(labels) == chunks[0]["total"]:
+            raise ValueError(f"{len(labels)} images and labels of {chunks[0]['total']}")
+        return images, labels.numpy(), Path(cache).resolve().name
+
+
+def npz_data(path):
+    """The data in an .npz, square images uint8 (N, H, W) or (N, H, W, C) as arr_0 and labels (N,)
+    as arr_1. Raises ValueError."""
+    images = fid.read_images(path)
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"{path}: the images are not square")
+    with error_context(f"{path}: expected labels arr_1, whole numbers from 0 on"):
+        with np.load(path, allow_pickle=False) as npz:
+            labels = npz["arr_1"].astype(np.int64, casting="safe")
+        if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < len(labels):
+            raise ValueError(f"they are {labels.shape}, from {labels.min()} to {labels.max()}")
+    source = hashlib.sha256(images)
+    source.update(labels)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source.hexdigest()[:12]
 
 
 @functools.lru_cache(2)
@@ -198,10 +204,11 @@ def batches(images, labels, args, step, rank, world):
 
 
 def arguments():
+    """The command line, with the defaults of the model. Raises ValueError."""
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
-    flag("--data", metavar="FOLDER", help="one sub-folder per class; default: digits")
+    flag("--data", metavar="FOLDER", help="one sub-folder per class, an .npz, or a cache")
     flag("--image-size", type=number(int, 1, 4095), metavar="N", help="default: 32, with a VAE 256")
     flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
     flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
@@ -211,28 +218,35 @@ def arguments():
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; tiny {tiny}, else {paper}")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-checkpoint", action="store_true", help="less memory: compute activations twice")
+    flag("--grad-clip", type=POSITIVE, default=math.inf, metavar="NORM", help="default: none")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    flag("--predict", choices=["u", "x"], help="default: x for pixels, u for latents")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
     flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50 steps")
     flag("--sample-every", type=COUNT, default=500, metavar="N", help="default: 500 steps")
+    flag("--keep-every", type=COUNT, metavar="N", help="keep the EMA of every N-th step")
     flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics")
     flag("--fid-every", type=COUNT, default=5000, metavar="N", help="default: 5000 steps")
     flag("--fid-num", type=number(int, 2), default=10_000, metavar="N", help="default: 10000")
     flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
     args = parser.parse_args()
-    args.vae = args.vae or (sample.VAE if args.data and args.model != "tiny" else "none")
-    if not args.data and (args.image_size or args.vae != "none"):
-        raise ValueError("--image-size and --vae need --data: the digits have their own size")
-    args.image_size = args.image_size or (32 if args.vae == "none" else 256)
-    patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
-    if args.data and args.image_size % patch:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch's {patch}")
     for name, (tiny, paper, *_) in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else paper)
+
+    # what depends on the data
+    folder = args.data and not args.data.endswith(".npz")
+    args.vae = args.vae or (sample.VAE if folder and args.model != "tiny" else "none")
+    if not folder and (args.image_size or args.vae != "none"):
+        raise ValueError("--image-size and --vae need --data FOLDER")
+    args.image_size = args.image_size or (32 if args.vae == "none" else 256)
+    patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
+    if folder and args.image_size % patch:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch's {patch}")
+    args.predict = args.predict or ("x" if args.vae == "none" else "u")
     return args
 
 
@@ -247,39 +261,62 @@ def join(args):
 
 
 def load_data(args, device, rank, world):
-    """(images, labels, number of classes, hash, VAE or None) of --data. Raises ValueError."""
+    """(images, labels, a text that identifies them, VAE or None) of --data. Raises ValueError."""
+    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     if not args.data:
         images, labels = digits(20_000)
-        return torch.from_numpy(images), labels, 10, "digits", None
-    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
+        return torch.from_numpy(images), labels, "digits", None
+    if args.data.endswith(".npz"):
+        return *npz_data(args.data), None
+    if any(Path(args.data).glob("*.pt")):
+        return *cached_data(args.data), vae
     cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' if vae else ''}"
     return *folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world), vae
 
 
-def build(args, channels, image_size, num_classes, device):
-    """A new network, or that of --init; its EMA and its optimiser."""
+def start(args, images, labels, source, vae, device):
+    """({"net", "ema", "optimizer"}, settings, step) of a run, new or continued. Raises ValueError.
+    """
+    # a new network, or that of --init
+    channels, image_size, _ = images[0].shape
+    path = Path(args.out, "last.pt")
     torch.manual_seed(args.seed)
-    net = model.DiT(image_size, channels, num_classes, **model.MODELS[args.model])
-    if args.init and not Path(args.out, "last.pt").exists():
-        given, _ = sample.load(args.init)
-        if given.v_heads is None:  # as released; v = u where r = t, so it begins as a copy of u's
-            given.v_heads, given.v_final_layer = copy.deepcopy((given.u_heads, given.u_final_layer))
+    net = model.DiT(image_size, channels // 2 if vae else channels, int(labels.max()) + 1,
+                    **model.MODELS[args.model], predict=args.predict)
+    if args.init and not path.exists():
         with error_context(f"--init {args.init} does not fit"):
-            net.load_state_dict(given.state_dict())
+            net.load_state_dict(initial_weights(args.init))
     net.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False)
     if args.compile or args.compile is None and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
         net.compile()
-    return net, ema, torch.optim.AdamW(
-        net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    states = {"net": net, "ema": ema, "optimizer": optimizer}
+
+    # the checkpoint, if it was made with the same settings
+    names = ["model", "vae", "predict", "tangent", "precision", "seed", "grad_clip", *RECIPES]
+    names.remove("save_every")
+    if not args.cooldown:
+        names.remove("steps")  # which then do not shape the learning rate
+    settings = {"data": source, "image_size": image_size}
+    settings |= {name: getattr(args, name) for name in names}
+    step = resume(path, states, settings) if path.exists() else 0
+    if len(set(sample.everyone(step))) > 1:
+        raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
+    return states, settings, step
+
+
+def initial_weights(path):
+    """The state dict of a network that can be trained. Raises ValueError."""
+    net, _ = sample.load(path)
+    if net.v_heads is None:  # as released; v = u where r = t, so it begins as a copy of u's
+        net.v_heads, net.v_final_layer = copy.deepcopy((net.u_heads, net.u_final_layer))
+    return net.state_dict()
 
 
 def resume(path, states, settings):
-    """(step, skipped) of a checkpoint, whose states are loaded; (0, 0) without. Raises ValueError.
-    """
-    if not path.exists():
-        return 0, 0
+    """The step of a checkpoint, whose states are loaded. Raises ValueError."""
     saved = sample.load_file(path)
     with error_context(f"{path} cannot be continued, choose another --out"):
         for name, value in settings.items():
@@ -288,7 +325,13 @@ def resume(path, states, settings):
                                  f"{saved['settings'][name]}, not {value}")
         for name, state in states.items():
             state.load_state_dict(saved[name])
-        return int(saved["step"]), int(saved["skipped"])
+        return int(saved["step"])
+
+
+def save(path, states, step, settings):
+    saved = {name: state.state_dict() for name, state in states.items()}
+    with sample.atomic(path) as file:
+        torch.save(saved | {"step": step, "settings": settings}, file)
 
 
 def learning_rate(step, args):
@@ -310,7 +353,7 @@ def gradients(net, parts, args, device):
                                      args.norm_eps)
         (loss / args.accum).backward()
         total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
-    norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip, foreach=True)
     return torch.stack((*total, norm)).tolist()
 
 
@@ -361,36 +404,12 @@ def make_scorer(args, device, rank, world):
     return score
 
 
-def save(path, states, step, skipped, settings):
-    saved = {name: state.state_dict() for name, state in states.items()}
-    with sample.atomic(path) as file:
-        torch.save(saved | {"step": step, "skipped": skipped, "settings": settings}, file)
-
-
-def start(args, images, num_classes, source, vae, device):
-    """({"net", "ema", "optimizer"}, settings, step, skipped) of a run, new or continued."""
-    channels, image_size, _ = images[0].shape
-    net, ema, optimizer = build(args, channels // 2 if vae else channels, image_size, num_classes,
-                                device)
-    states = {"net": net, "ema": ema, "optimizer": optimizer}
-    names = ["model", "vae", "tangent", "precision", "seed", *RECIPES]
-    names.remove("save_every")
-    if not args.cooldown:
-        names.remove("steps")  # which then do not shape the learning rate
-    settings = {"data": source, "image_size": image_size}
-    settings |= {name: getattr(args, name) for name in names}
-    step, skipped = resume(Path(args.out, "last.pt"), states, settings)
-    if len(set(sample.everyone(step))) > 1:
-        raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
-    return states, settings, step, skipped
-
-
 def main():
     args = arguments()
     device, rank, world = join(args)
-    images, labels, num_classes, source, vae = load_data(args, device, rank, world)
+    images, labels, source, vae = load_data(args, device, rank, world)
     score = make_scorer(args, device, rank, world) if args.fid_ref else None
-    states, settings, step, skipped = start(args, images, num_classes, source, vae, device)
+    states, settings, step = start(args, images, labels, source, vae, device)
     net, ema, optimizer = states.values()
     parallel = net
     if dist.is_initialized():
@@ -403,7 +422,7 @@ def main():
     signals = []  # the run ends after the step in which one arrives
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda signum, frame: signals.append(signum))
-    history, streak, stop = [], 0, False
+    history, skipped, stop = [], 0, False
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
@@ -412,9 +431,8 @@ def main():
             if math.isfinite(norm):
                 update(net, ema, optimizer, lr, args.ema)
                 history.append((loss_u, loss_v, time.time() - began))
-            skipped += not math.isfinite(norm)
-            streak = 0 if math.isfinite(norm) else streak + 1
-            if streak == 20:
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped == 20:
                 raise ValueError("no finite gradient for 20 steps, try a lower --lr")
             optimizer.zero_grad()
             step += 1
@@ -424,7 +442,7 @@ def main():
             # log and scores
             record = {}
             if step % args.log_every == 0 or end:
-                record = {"grad_norm": norm, "lr": lr, "skipped": skipped}
+                record = {"grad_norm": norm, "lr": lr}
                 if rows := list(itertools.chain(*sample.everyone(history))):
                     loss_u, loss_v, seconds = np.mean(rows, 0).tolist()
                     record |= {"loss_u": loss_u, "loss_v": loss_v,
@@ -433,7 +451,7 @@ def main():
                 history = []
             if score and (step % args.fid_every == 0 or end):
                 numbers = range(args.fid_num)[rank::world]
-                record |= score(sample.generate(ema, numbers, range(num_classes), args.seed, vae))
+                record |= score(sample.generate(ema, numbers, range(ema.num_classes), args.seed, vae))
             if record and rank == 0:
                 write_log(out / "log.jsonl", step, record)
 
@@ -441,7 +459,9 @@ def main():
             if rank == 0 and (step % args.sample_every == 0 or end):
                 write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
             if rank == 0 and (step % args.save_every == 0 or end or stop):
-                save(out / "last.pt", states, step, skipped, settings)
+                save(out / "last.pt", states, step, settings)
+            if rank == 0 and args.keep_every and step % args.keep_every == 0:
+                save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
     sample.everyone()  # nobody leaves before the checkpoint is written
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])

@@ -3,9 +3,12 @@
     python -m results.figures field                   a learned field beside the exact one
     python -m results.figures tangents OUT ...        loss_u of runs with different tangents, seeds
     python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
+    python -m results.figures rows [CHECKPOINT]       the same noise by flow matching and by iMF
 
-`field` and `tangents` draw results/field.png and results/tangents.png (--out FILE: elsewhere), and
-need matplotlib: pip install matplotlib. All print the figures that results/README.md gives."""
+    python -m results.figures plane, tokens           the diagrams of README.md
+
+All but `variance` draw results/NAME.png (--out FILE: elsewhere) and need matplotlib: pip install
+matplotlib. `field`, `tangents` and `variance` print the figures that results/README.md gives."""
 
 import json
 from pathlib import Path
@@ -46,12 +49,13 @@ MEANS = torch.tensor([[-1.5, 0.5], [1.0, 1.2], [0.8, -1.0]])
 STD = 0.5
 
 
-def exact_v(z, t):
-    """E[e - x | z_t = z] of points z (B, 2) at a time t > 0."""
-    variance = ((1 - t) * STD) ** 2 + t**2
-    from_means = z[:, None] - (1 - t) * MEANS
+def exact_v(z, t, means=MEANS, std=STD):
+    """E[e - x | z_t = z] of points z (B, D) at a time t > 0: data are Gaussians around the means
+    (K, D)."""
+    variance = ((1 - t) * std) ** 2 + t**2
+    from_means = z[:, None] - (1 - t) * means
     weights = (-from_means.square().sum(2) / (2 * variance)).softmax(1)[..., None]
-    velocities = (t - (1 - t) * STD**2) / variance * from_means - MEANS
+    velocities = (t - (1 - t) * std**2) / variance * from_means - means
     return (weights * velocities).sum(1)
 
 
@@ -74,6 +78,7 @@ class PlaneNet(nn.Module):
     """What imf_loss asks of a network, and no more."""
 
     num_classes = 0
+    predict = "u"
 
     def __init__(self):
         super().__init__()
@@ -251,22 +256,135 @@ def variance(args):
         print(f"t {t}: e - x {target:.3f}, V {of_V:.3f}, V - (e - x) {error:.3f}")
 
 
+# ---- plane, tokens: the diagrams of README.md ----
+
+
+def plane(args):
+    """Draws, for data around -1.5 and 1.5 on a line: straight lines from data to noise, the path on
+    which their mean velocity v leads, and its chord, whose slope is u."""
+    plot = pyplot()
+    means, std, steps = torch.tensor([[-1.5], [1.5]]), 0.15, 400
+    torch.manual_seed(args.seed)
+    figure, axis = plot.subplots(figsize=(7, 3.2))
+    x = means[torch.arange(24) % 2] + std * torch.randn(24, 1)
+    ends = torch.cat((x, torch.randn(24, 1)), 1)
+    axis.plot((0, 1), ends.T, color="0.8", lw=0.8)
+
+    # backwards from z_1 by the midpoint rule
+    times = torch.linspace(1, 0, steps + 1)
+    path = [torch.tensor([[0.2]])]
+    for t in times[:-1]:
+        middle = path[-1] - exact_v(path[-1], t, means, std) / (2 * steps)
+        path.append(path[-1] - exact_v(middle, t - 1 / (2 * steps), means, std) / steps)
+    path = torch.cat(path)[:, 0]
+    axis.plot(times, path, "tab:blue", lw=2.5)
+    late, early = round(0.08 * steps), round(0.85 * steps)  # of t and of r
+    axis.plot(times[[early, late]], path[[early, late]], "o-", color="tab:red", lw=2.5)
+    axis.annotate("", (times[late] - 0.3, path[late] - 0.3 * exact_v(
+        path[late].view(1, 1), times[late], means, std).item()), (times[late], path[late]),
+        arrowprops={"arrowstyle": "->", "lw": 2.5, "color": "tab:green"})
+
+    notes = {"$z_t$": (late, 0.01, 0.2), "$z_r$": (early, 0, 0.25)}
+    for text, (k, right, up) in notes.items():
+        axis.text(times[k] + right, path[k] + up, text, fontsize=13)
+    axis.text(0.6, -0.35, "$v(z_t, t)$: velocity at $z_t$", color="tab:green", fontsize=11)
+    axis.text(0.42, 1.3, "$u(z_t, r, t)$: slope of the chord", color="tab:red", fontsize=11)
+    axis.text(0.02, -2.25, "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$", color="0.5",
+              fontsize=11)
+    axis.set(xlim=(-0.01, 1.01), ylim=(-2.5, 2.5), xticks=(0, 1), yticks=(), xlabel="time t")
+    axis.set_xticklabels(("t = 0\ndata", "t = 1\nnoise"))
+    save_picture(figure, args.out or "results/plane.png", 110)
+
+
+def tokens(args):
+    """Draws the sequence of tokens, the trunk, and the two heads."""
+    plot = pyplot()
+    figure, axis = plot.subplots(figsize=(9, 3.4))
+    groups = [("class", 8, "tab:purple"), ("omega", 4, "tab:orange"), ("t_min", 2, "tab:olive"),
+              ("t_max", 2, "tab:green"), ("h = t - r", 4, "tab:cyan"),
+              ("patches of z", 12, "tab:blue")]
+    left = 0
+    for name, n, colour in groups:
+        for k in range(n):
+            axis.add_patch(plot.Rectangle((left + k + 0.08, 0), 0.84, 0.9, color=colour, alpha=0.7))
+        axis.text(left + n / 2, -0.25, name, ha="center", va="top", fontsize=9)
+        label = f"{n}" if name != "patches of z" else "(H / p) (W / p)"
+        axis.text(left + n / 2, -0.9, label, ha="center", va="top", fontsize=8, color="0.4")
+        left += n
+
+    def box(x, y, width, text):
+        axis.add_patch(plot.Rectangle((x, y), width, 1, fc="0.93", ec="0.3"))
+        axis.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=10)
+
+    def arrow(start, end):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
+
+    box(0, 1.6, left, "trunk: depth - head_depth blocks (attention over all tokens, SwiGLU)")
+    box(0, 3.4, 15, "u-head: head_depth blocks")
+    box(left - 15, 3.4, 15, "v-head: head_depth blocks (only to train)")
+    arrow((left / 2, 0.95), (left / 2, 1.55))
+    for x, name in ((7.5, "u: average velocity"), (left - 7.5, "v: velocity")):
+        arrow((x, 2.65), (x, 3.35))
+        arrow((x, 4.45), (x, 5.05))
+        axis.text(x, 5.15, f"{name}, from the patch tokens", ha="center", fontsize=10)
+    axis.set(xlim=(-0.2, left + 0.2), ylim=(-1.5, 5.7))
+    axis.axis("off")
+    save_picture(figure, args.out or "results/tokens.png", 110)
+
+
+# ---- rows: what the average velocity is good for ----
+
+
+class FlowMatching:
+    """The v-head alone as a network of imf.sample: dz/dt = v, with no notion of a long step."""
+
+    def __init__(self, net):
+        self.net, self.channels, self.image_size = net, net.channels, net.image_size
+        self.parameters, self.shared_blocks, self.u_heads = net.parameters, (), ()
+
+    def u(self, z, t, h, omega, t_min, t_max, y):
+        return self.net.v(z, t, 0 * h, omega, 0 * t_min, 0 * t_max + 1, y)
+
+
+def rows(args):
+    """Draws three rows of images from the same noise: flow matching in one step and in 100 steps,
+    and the average velocity in one step."""
+    plot = pyplot()
+    net, info = sample.load(args.checkpoint)
+    if net.v_heads is None or info["vae"] != "none":
+        raise ValueError(f"{args.checkpoint}: a network of pixels with a v-head is needed")
+    kinds = {"flow matching,\none step": (FlowMatching(net), 1),
+             "flow matching,\n100 steps": (FlowMatching(net), 100),
+             "average velocity,\none step": (net, 1)}
+    figure, axes = plot.subplots(3, 1, figsize=(10, 3.3))
+    for axis, (name, (kind, steps)) in zip(axes, kinds.items()):
+        batches = sample.generate(kind, range(10), range(net.num_classes), args.seed, steps=steps,
+                                  omega=args.omega)
+        images = np.pad(np.concatenate(list(batches)), ((0, 0), (0, 0), (1, 1), (1, 1)))
+        axis.imshow(images.transpose(2, 0, 3, 1).reshape(images.shape[2], -1, 3))
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+    save_picture(figure, args.out or "results/rows.png", 100)
+
+
 def main():
     parser = sample.command_line(__doc__)
     commands = parser.add_subparsers(required=True)
-    for function in (field, tangents, variance):
+    for function in (field, tangents, variance, plane, tokens, rows):
         command = commands.add_parser(function.__name__, description=function.__doc__)
         command.set_defaults(function=function)
         flag = command.add_argument
         if function is tangents:
             flag("folders", nargs="+", metavar="OUT", help="--out of a run of train.py")
-        else:
+        elif function is not tokens:
             flag("--seed", type=sample.number(int, 0), default=0)
         if function is field:
             flag("--steps", type=sample.number(int, 2), default=3000)
-        if function is variance:
+        if function in (variance, rows):
             flag("checkpoint", nargs="?", default="out/last.pt")
-        else:
+        if function is rows:
+            flag("--omega", type=sample.number(float, 1e-6), default=2.0)
+        if function is not variance:
             flag("--out", metavar="FILE.png")
     args = parser.parse_args()
     args.function(args)
