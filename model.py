@@ -35,9 +35,17 @@ def rotate(x, rotary):
     return torch.view_as_real(product).flatten(-2)
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose JVP is W dx. PyTorch's own adds dW x, at full cost, although dW is 0."""
+# In a JVP, x carries a tangent dx. PyTorch would also multiply x by the derivatives of the weights,
+# at full cost, although these are 0: so the layers below say themselves what becomes of dx.
 
+
+def linear_map(f, x):
+    """f(x) for a linear f; its tangent is f(dx)."""
+    x, dx = forward_ad.unpack_dual(x)
+    return f(x) if dx is None else forward_ad.make_dual(f(x), f(dx))
+
+
+class Linear(nn.Linear):
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x)
         Wx = super().forward(x)
@@ -45,12 +53,32 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, written out when compiled (faster) and in a JVP (it has none on CUDA)."""
+    """y = x / rms(x) times the weight; dy = (dx - y mean(y dx)) / rms(x) times the weight."""
 
     def forward(self, x):
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is None:
+        x, dx = forward_ad.unpack_dual(x)
+        if dx is None and not torch.compiler.is_compiling():
             return super().forward(x)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        y = x * scale
+        if dx is None:
+            return y * self.weight
+        dy = scale * (dx - y * (y * dx).mean(-1, keepdim=True))
+        return forward_ad.make_dual(y * self.weight, dy * self.weight)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v of (B, heads, n, head_dim). In a JVP it is written out, as
+    fused attention has no forward derivative."""
+    (q, dq), (k, dk), (v, dv) = map(forward_ad.unpack_dual, (q, k, v))
+    if dq is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, dq = q / q.shape[-1] ** 0.5, dq / q.shape[-1] ** 0.5
+    p = (q @ k.transpose(-1, -2)).softmax(-1)
+    ds = torch.cat((dq, q), -1) @ torch.cat((k, dk), -1).transpose(-1, -2)  # dq k^T + q dk^T
+    dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+    out = p @ v
+    return forward_ad.make_dual(out, torch.cat((dp, p), -1) @ torch.cat((v, dv), -2))
 
 
 class Attention(nn.Module):
@@ -65,9 +93,9 @@ class Attention(nn.Module):
     def forward(self, x, rotary):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for part in self.qkv_proj(x).chunk(3, -1))  # each (B, heads, n, head_dim)
-        q = rotate(self.q_norm(q.float()), rotary).type_as(v)
-        k = rotate(self.k_norm(k.float()), rotary).type_as(v)
-        x = F.scaled_dot_product_attention(q, k, v)
+        q, k = (linear_map(lambda x: rotate(x, rotary).type_as(v), norm(x.float()))
+                for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        x = attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
 
@@ -99,8 +127,10 @@ class Block(nn.Module):
         """x and its tangent after the block; apart, as compiled code takes no dual tensors."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
-        x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
-        x = x + self.mlp_scale * self.mlp(self.norm2(x))
+        y = self.attn(self.norm1(x), rotary)
+        x = x + linear_map(lambda y: self.attn_scale * y, y)
+        y = self.mlp(self.norm2(x))
+        x = x + linear_map(lambda y: self.mlp_scale * y, y)
         return forward_ad.unpack_dual(x)
 
 
@@ -263,7 +293,7 @@ def from_official(state_dict, image_size=32):
 
 
 MODELS = {  # parameters to sample: 89 M, 174 M, 409 M, 610 M for 32 x 32 x 4 and 1000 classes
-    "tiny": dict(patch_size=4, hidden_size=96, depth=3, num_heads=3, head_depth=1),
+    "tiny": dict(patch_size=8, hidden_size=96, depth=3, num_heads=8, head_depth=1),
     "B/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12, head_depth=8),
     "M/2": dict(patch_size=2, hidden_size=768, depth=24, num_heads=12, head_depth=8),
     "L/2": dict(patch_size=2, hidden_size=1024, depth=32, num_heads=16, head_depth=8),

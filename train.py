@@ -29,14 +29,15 @@ FRACTION, POSITIVE = number(float, 0, 1), number(float, 1e-12)
 # the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images per step"),
-    "lr": (1e-2, 1e-4, POSITIVE, "learning rate"),
+    "lr": (1e-2, 1e-4, POSITIVE, "learning rate of AdamW"),
+    "muon_lr": (0.05, 0.0, number(float, 0), "of Muon for the blocks' matrices; 0: AdamW for all"),
     "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, FRACTION, "last fraction of the steps, in which the rate falls to 0"),
-    "steps": (3200, 640 * 1251, COUNT, "training steps"),
-    "ema": (0.99, 0.9999, FRACTION, "decay of the averaged weights"),
-    "t_mean": (0.0, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
-    "t_std": (1.6, 1.0, number(float, 0), "see --t-mean"),
-    "norm_eps": (1000.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
+    "steps": (1600, 640 * 1251, COUNT, "training steps"),
+    "ema": (0.995, 0.9999, FRACTION, "decay of the averaged weights"),
+    "t_mean": (0.4, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
+    "t_std": (1.4, 1.0, number(float, 0), "see --t-mean"),
+    "norm_eps": (300.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
     "save_every": (500, 5000, COUNT, "steps between checkpoints"),
 }
 CHUNK = 4096  # images in a file of a cache
@@ -51,12 +52,12 @@ def digits(n, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 32, 32), np.uint8)
-    fonts = [ImageFont.load_default(size) for size in range(42, 54)]
+    fonts = [ImageFont.load_default(size) for size in range(36, 54)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (64, 64))
         font = fonts[rng.integers(len(fonts))]
         ImageDraw.Draw(canvas).text((32, 32), str(label), 255, font, anchor="mm",
-                                    stroke_width=rng.uniform(0.5, 4))
+                                    stroke_width=rng.uniform(0.75, 3))
         angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-4, 4, 2))
         image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(2)
     return images, labels
@@ -247,17 +248,15 @@ def arguments():
     if folder and args.image_size % patch:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch's {patch}")
     args.predict = args.predict or ("x" if args.vae == "none" else "u")
-    return args
 
-
-def join(args):
-    """(device, rank, world), and the default of --precision. Raises ValueError."""
-    device, rank, world = sample.join(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "float32")
-    if args.batch_size % (args.accum * world):
-        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {args.accum * world}, "
+    # what depends on the machine
+    cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
+    args.precision = args.precision or ("bf16" if cuda else "float32")
+    parts = args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % parts:
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {parts}, "
                          "--accum times the number of processes")
-    return device, rank, world
+    return args
 
 
 def load_data(args, device, rank, world):
@@ -275,8 +274,8 @@ def load_data(args, device, rank, world):
 
 
 def start(args, images, labels, source, vae, device):
-    """({"net", "ema", "optimizer"}, settings, step) of a run, new or continued. Raises ValueError.
-    """
+    """({"net", "ema", "optimizer", ...}, settings, step) of a run, new or continued. Raises
+    ValueError."""
     # a new network, or that of --init
     channels, image_size, _ = images[0].shape
     path = Path(args.out, "last.pt")
@@ -291,8 +290,7 @@ def start(args, images, labels, source, vae, device):
     if args.compile or args.compile is None and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
         net.compile()
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-    states = {"net": net, "ema": ema, "optimizer": optimizer}
+    states = {"net": net, "ema": ema, **make_optimizers(net, args)}
 
     # the checkpoint, if it was made with the same settings
     names = ["model", "vae", "predict", "tangent", "precision", "seed", "grad_clip", *RECIPES]
@@ -334,12 +332,59 @@ def save(path, states, step, settings):
         torch.save(saved | {"step": step, "settings": settings}, file)
 
 
-def learning_rate(step, args):
-    """Rises over the warm-up; falls to 0 over the last fraction --cooldown of the steps."""
-    rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
+class Muon(torch.optim.Optimizer):
+    """Momentum, the update of a matrix being made nearly orthogonal (Jordan et al., 2024), so that
+    all its directions learn equally fast. torch.optim.Muon does this in bfloat16, which is slow on
+    many CPUs."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonalise(p.grad.lerp(momentum, 0.95))
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalise(matrix):
+    """Brings all singular values near 1: five Newton-Schulz iterations x <- f(x x^T) x, whose
+    factors f commute, so that they are multiplied before x."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    gram, identity = x @ x.T, torch.eye(len(x), device=x.device)
+    product = identity
+    for _ in range(5):
+        f = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        product = f @ product
+        gram = f @ gram @ f
+    return product @ x
+
+
+def make_optimizers(net, args):
+    """{"optimizer": AdamW}, and "muon" for the matrices of the blocks if --muon-lr is not 0."""
+    blocks = (*net.shared_blocks, *net.u_heads, *net.v_heads) if args.muon_lr else ()
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [p for p in net.parameters() if id(p) not in chosen]
+    found = {"optimizer": torch.optim.AdamW([{"params": others, "initial_lr": args.lr}],
+                                            betas=(0.9, 0.95), weight_decay=0, fused=True)}
+    if matrices:
+        found["muon"] = Muon([{"params": matrices, "initial_lr": args.muon_lr}])
+    return found
+
+
+def schedule(step, args):
+    """The factor of all learning rates: it rises over the warm-up, and falls to 0 over the last
+    fraction --cooldown of the steps."""
+    factor = min(1, (step + 1) / max(1, args.warmup))
     if args.cooldown:
-        rate *= min(1, (1 - step / args.steps) / args.cooldown)
-    return rate
+        factor *= min(1, (1 - step / args.steps) / args.cooldown)
+    return factor
 
 
 def gradients(net, parts, args, device):
@@ -358,10 +403,12 @@ def gradients(net, parts, args, device):
 
 
 @torch.no_grad()
-def update(net, ema, optimizer, lr, decay):
-    """One step of AdamW, and of the EMA: ema = decay * ema + (1 - decay) * net."""
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
+def update(net, ema, optimizers, factor, decay):
+    """One step of the optimizers, and of the EMA: ema = decay * ema + (1 - decay) * net."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
@@ -391,13 +438,15 @@ def trim_log(path, step):
 
 
 def make_scorer(args, device, rank, world):
-    """A function of generated images: their {"fid", "inception_score"}. Raises ValueError."""
+    """A function of a network and its VAE: {"fid", "inception_score"}. Raises ValueError."""
     statistics = fid.read_statistics(args.fid_ref)
     if not statistics:
         raise ValueError(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
     inception = fid.Inception(args.inception).to(device)
 
-    def score(images):
+    def score(net, vae):
+        numbers = range(args.fid_num)[rank::world]
+        images = sample.generate(net, numbers, range(net.num_classes), args.seed, vae)
         features, logits = fid.extract(inception, images, args.fid_num, "fid", rank, world)
         return {"fid": fid.frechet_distance(*fid.moments(features), *statistics),
                 "inception_score": fid.inception_score(logits)[0]}
@@ -406,11 +455,11 @@ def make_scorer(args, device, rank, world):
 
 def main():
     args = arguments()
-    device, rank, world = join(args)
+    device, rank, world = sample.join(args.device)
     images, labels, source, vae = load_data(args, device, rank, world)
     score = make_scorer(args, device, rank, world) if args.fid_ref else None
     states, settings, step = start(args, images, labels, source, vae, device)
-    net, ema, optimizer = states.values()
+    net, ema, *optimizers = states.values()
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -426,15 +475,15 @@ def main():
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
-            began, lr = time.time(), learning_rate(step, args)
+            began, factor = time.time(), schedule(step, args)
             loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
-                update(net, ema, optimizer, lr, args.ema)
+                update(net, ema, optimizers, factor, args.ema)
                 history.append((loss_u, loss_v, time.time() - began))
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if skipped == 20:
                 raise ValueError("no finite gradient for 20 steps, try a lower --lr")
-            optimizer.zero_grad()
+            net.zero_grad()
             step += 1
             bar.update()
             end, stop = step == args.steps, any(sample.everyone(len(signals) > 0))
@@ -442,7 +491,7 @@ def main():
             # log and scores
             record = {}
             if step % args.log_every == 0 or end:
-                record = {"grad_norm": norm, "lr": lr}
+                record = {"grad_norm": norm, "lr": args.lr * factor}
                 if rows := list(itertools.chain(*sample.everyone(history))):
                     loss_u, loss_v, seconds = np.mean(rows, 0).tolist()
                     record |= {"loss_u": loss_u, "loss_v": loss_v,
@@ -450,8 +499,7 @@ def main():
                 bar.set_postfix(record)
                 history = []
             if score and (step % args.fid_every == 0 or end):
-                numbers = range(args.fid_num)[rank::world]
-                record |= score(sample.generate(ema, numbers, range(ema.num_classes), args.seed, vae))
+                record |= score(ema, vae)
             if record and rank == 0:
                 write_log(out / "log.jsonl", step, record)
 
