@@ -754,31 +754,41 @@ def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
 
 
 def test_the_learning_rate_rises_in_the_warm_up_and_falls_in_the_cooldown():
-    """Linear up to --lr over the warm-up, constant, linear down to 0 over the last fraction."""
-    args = types.SimpleNamespace(lr=8.0, warmup=4, steps=20, cooldown=0.0)
-    assert [train.learning_rate(k, args) for k in (0, 1, 3, 4, 19)] == [2, 4, 8, 8, 8]
+    """Linear over the warm-up, constant, linear down to 0 over the last fraction of the steps."""
+    args = types.SimpleNamespace(warmup=4, steps=20, cooldown=0.0)
+    assert [train.schedule(k, args) for k in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1, 1, 1]
     args.cooldown = 0.5
-    assert [train.learning_rate(k, args) for k in (0, 3, 10, 15)] == [2, 8, 8, 4]
-    assert train.learning_rate(19, args) == pytest.approx(0.8)
+    assert [train.schedule(k, args) for k in (0, 3, 10, 15)] == [0.25, 1, 1, 0.5]
+    assert train.schedule(19, args) == pytest.approx(0.1)
 
 
-def test_an_update_is_adamw_of_the_release_and_its_average(tmp_path, monkeypatch):
-    """AdamW with betas (0.9, 0.95), no weight decay; ema = decay * ema + (1 - decay) * net."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
-    states, *_ = train.start(train.arguments(), torch.zeros(1, 1, 32, 32, dtype=torch.uint8),
-                             np.array([9]), "digits", None, torch.device("cpu"))
-    net, ema, optimizer = states.values()
-    p = net.u_final_layer.linear.weight
-    ema.u_final_layer.linear.weight.data += 1
-    group = optimizer.param_groups[0]
+@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
+def test_an_update_is_adamw_of_the_release_or_muon_and_its_average(muon_lr):
+    """AdamW with betas (0.9, 0.95), no weight decay; ema = decay * ema + (1 - decay) * net. With
+    --muon-lr the blocks' matrices learn at one rate in all directions instead."""
+    net, ema = network(), network().requires_grad_(False)
+    args = types.SimpleNamespace(lr=0.02, muon_lr=muon_lr)
+    optimizers = train.make_optimizers(net, args)
+    group = optimizers["optimizer"].param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
-    for q in net.parameters():
-        q.grad = torch.full_like(q, 3.0)
-    train.update(net, ema, optimizer, 0.01, 0.75)
-    torch.testing.assert_close(p, torch.full_like(p, -0.01))  # the first step is lr * sign
+    matrix, other = net.u_heads[0].mlp.w13.weight, net.u_final_layer.linear.weight
+    before = matrix.detach().clone(), other.detach().clone()
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    train.update(net, ema, optimizers.values(), 0.5, 0.75)
+    first, second = (b - p.detach() for b, p in zip(before, (matrix, other)))
+    torch.testing.assert_close(second, 0.01 * other.grad.sign(), rtol=1e-3, atol=1e-6)
     average = ema.u_final_layer.linear.weight
-    torch.testing.assert_close(average, torch.full_like(average, 0.75 * 1 - 0.25 * 0.01))
+    torch.testing.assert_close(average, 0.75 * before[1] + 0.25 * other.detach())
     assert not any(p.requires_grad for p in ema.parameters())  # or a graph would grow every step
+    if muon_lr:
+        scale = 0.5 * 0.05 * (matrix.shape[0] / matrix.shape[1]) ** 0.5
+        values = torch.linalg.svdvals(first / scale)
+        assert 0.5 < values.min() and values.max() < 1.3
+        product = first.T @ matrix.grad  # symmetric: the same singular vectors
+        assert (product - product.T).norm() < 1e-3 * product.norm()
+    else:
+        torch.testing.assert_close(first, 0.01 * matrix.grad.sign(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture
@@ -832,11 +842,11 @@ def test_a_run_continued_is_the_run_uninterrupted(small, tmp_path, call):
     net, info = sample.load(tmp_path / "a" / "last.pt")
     assert info["step"] == 6 and same(net.state_dict(), whole["ema"])
     (tmp_path / "b" / "last.pt").rename(tmp_path / "start.pt")  # --init is read once
-    run("c", 1, "--init", tmp_path / "start.pt", "--lr", 1e-12)
+    run("c", 1, "--init", tmp_path / "start.pt", "--lr", 1e-12, "--muon-lr", 0)
     assert all((p - trained(tmp_path / "c")["net"][name]).abs().max() < 1e-6
                for name, p in whole["ema"].items())
     (tmp_path / "start.pt").unlink()
-    run("c", 2, "--init", tmp_path / "start.pt", "--lr", 1e-12)
+    run("c", 2, "--init", tmp_path / "start.pt", "--lr", 1e-12, "--muon-lr", 0)
 
 
 def test_killed_or_interrupted_it_ends_in_the_same_weights(flowers, tmp_path, call):
@@ -1100,7 +1110,7 @@ def test_training_begins_with_released_weights_whose_v_head_is_a_copy_of_the_u_h
     net = network(image_size=32, channels=4, num_classes=3)
     torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
     assert call(train, "--init", tmp_path / "iMF.pth", "--data", flowers, "--image-size", 256,
-                "--vae", vae_folder, "--steps", 1, "--batch-size", 2, "--lr", 1e-12, "--out",
+                "--vae", vae_folder, "--steps", 1, "--batch-size", 2, "--lr", 1e-12, "--muon-lr", 0, "--out",
                 tmp_path / "out")[0] == 0
     fresh = model.from_state(trained(tmp_path / "out")["net"])
     x, y, d = data(net)
