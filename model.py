@@ -39,13 +39,15 @@ def rotate(x, rotary):
 # at full cost, although these are 0: so the layers below say themselves what becomes of dx.
 
 
-def linear_map(f, x):
-    """f(x) for a linear f; its tangent is f(dx)."""
+def linear_map(f, x, *args):
+    """f(x, *args) for an f that is linear in x: its tangent is f(dx, *args)."""
     x, dx = forward_ad.unpack_dual(x)
-    return f(x) if dx is None else forward_ad.make_dual(f(x), f(dx))
+    return f(x, *args) if dx is None else forward_ad.make_dual(f(x, *args), f(dx, *args))
 
 
 class Linear(nn.Linear):
+    """W x + b, whose tangent is W dx."""
+
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x)
         Wx = super().forward(x)
@@ -68,8 +70,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(head_dim)) v of (B, heads, n, head_dim). In a JVP it is written out, as
-    fused attention has no forward derivative."""
+    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, n, head_dim): fused, but written out in a
+    JVP, as fused attention has no forward derivative."""
     (q, dq), (k, dk), (v, dv) = map(forward_ad.unpack_dual, (q, k, v))
     if dq is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -93,8 +95,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for part in self.qkv_proj(x).chunk(3, -1))  # each (B, heads, n, head_dim)
-        q, k = (linear_map(lambda x: rotate(x, rotary).type_as(v), norm(x.float()))
-                for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q = linear_map(rotate, self.q_norm(q.float()), rotary).type_as(v)
+        k = linear_map(rotate, self.k_norm(k.float()), rotary).type_as(v)
         x = attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
@@ -127,10 +129,8 @@ class Block(nn.Module):
         """x and its tangent after the block; apart, as compiled code takes no dual tensors."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
-        y = self.attn(self.norm1(x), rotary)
-        x = x + linear_map(lambda y: self.attn_scale * y, y)
-        y = self.mlp(self.norm2(x))
-        x = x + linear_map(lambda y: self.mlp_scale * y, y)
+        x = x + linear_map(torch.mul, self.attn(self.norm1(x), rotary), self.attn_scale)
+        x = x + linear_map(torch.mul, self.mlp(self.norm2(x)), self.mlp_scale)
         return forward_ad.unpack_dual(x)
 
 

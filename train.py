@@ -33,7 +33,7 @@ RECIPES = {
     "muon_lr": (0.05, 0.0, number(float, 0), "of Muon for the blocks' matrices; 0: AdamW for all"),
     "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, FRACTION, "last fraction of the steps, in which the rate falls to 0"),
-    "steps": (1600, 640 * 1251, COUNT, "training steps"),
+    "steps": (1700, 640 * 1251, COUNT, "training steps"),
     "ema": (0.995, 0.9999, FRACTION, "decay of the averaged weights"),
     "t_mean": (0.4, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.0, number(float, 0), "see --t-mean"),
@@ -52,12 +52,12 @@ def digits(n, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 32, 32), np.uint8)
-    fonts = [ImageFont.load_default(size) for size in range(36, 54)]
+    fonts = [ImageFont.load_default(size) for size in range(38, 54)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (64, 64))
         font = fonts[rng.integers(len(fonts))]
         ImageDraw.Draw(canvas).text((32, 32), str(label), 255, font, anchor="mm",
-                                    stroke_width=rng.uniform(0.75, 3))
+                                    stroke_width=rng.uniform(0.75, 2.5))
         angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-4, 4, 2))
         image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(2)
     return images, labels

@@ -29,8 +29,7 @@ def autocast(device, precision):
 def digits_as_latents(device):
     images, labels = train.digits(5000)
     pixels = torch.from_numpy(images).to(device) / 127.5 - 1
-    pixels = torch.nn.functional.interpolate(pixels, 32).expand(-1, 4, -1, -1)
-    return pixels, torch.from_numpy(labels).to(device)
+    return pixels.expand(-1, 4, -1, -1), torch.from_numpy(labels).to(device)
 
 
 def batch_loss(net, data, number, batch_size):
