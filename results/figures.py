@@ -288,6 +288,7 @@ def plane(args):
     for text, (k, right, up) in notes.items():
         axis.text(times[k] + right, path[k] + up, text, fontsize=13)
     axis.text(0.6, -0.35, "$v(z_t, t)$: velocity at $z_t$", color="tab:green", fontsize=11)
+    axis.text(0.2, 0.05, "the path along $v$", color="tab:blue", fontsize=11)
     axis.text(0.42, 1.3, "$u(z_t, r, t)$: slope of the chord", color="tab:red", fontsize=11)
     axis.text(0.02, -2.25, "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$", color="0.5",
               fontsize=11)
