@@ -268,7 +268,11 @@ def load_data(args, device, rank, world):
     if args.data.endswith(".npz"):
         return *npz_data(args.data), None
     if any(Path(args.data).glob("*.pt")):
-        return *cached_data(args.data), vae
+        images, labels, source = cached_data(args.data)
+        if (images[0].dtype == torch.uint8) != (vae is None):
+            raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
+                             f"which does not fit --vae {args.vae}")
+        return images, labels, source, vae
     cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' if vae else ''}"
     return *folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world), vae
 
