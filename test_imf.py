@@ -3,16 +3,8 @@
     pytest -q test_imf.py
 """
 
-import hashlib
-import json
-import os
-import pickle
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import types
+import hashlib, json, os, pickle, re, shutil, signal, subprocess, sys, time, types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,15 +12,12 @@ import torch
 from PIL import Image
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import fid
-import imf
-import model
-import sample
-import train
+import fid, imf, model, sample, train
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = dict(patch_size=2, hidden_size=32, depth=3, num_heads=2, head_depth=2)
 
@@ -54,65 +43,63 @@ def data(net, n=8, seed=1):
     return x, torch.randint(net.num_classes, (n,)), imf.draw(x)
 
 
+def conditions(y, d):
+    """The arguments of a net behind z, from the draws."""
+    return d.t, d.t - d.r, d.omega, d.t_min, d.t_max, y
+
+
 def gradients(net, loss):
     net.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-def conditions(y, d):
-    """The arguments of a net behind z, from the draws."""
-    return d.t, d.t - d.r, d.omega, d.t_min, d.t_max, y
+def watch(net):
+    """A list that receives, as (value, tangent), what net.u and net.v are given and return."""
+    seen = []
+    for name in ("u", "v"):
+        def watched(*args, method=getattr(net, name)):
+            out = method(*args)
+            seen.append(([unpack_dual(a) for a in args], unpack_dual(out)))
+            return out
+        setattr(net, name, watched)
+    return seen
 
 
 # ---- The method ----
 
 
-MEAN, STD = 0.5, 0.2  # Gaussian data; then z_t is Gaussian too
+def test_exact_average_velocity_satisfies_the_identity_and_maps_noise_to_data():
+    """For a known flow u + (t - r) du/dt = v, and one step of u loses nothing against many."""
+    def moments(t):  # of z_t, where the data are N(0.5, 0.2^2)
+        return (1 - t) * 0.5, ((1 - t) ** 2 * 0.2**2 + t**2) ** 0.5
 
+    def exact_v(z, t):
+        mean, std = moments(t)
+        return -0.5 + (t - (1 - t) * 0.2**2) / std**2 * (z - mean)
 
-def z_mean(t):
-    return (1 - t) * MEAN
+    def exact_u(z, r, t):  # along the flow, (z - mean) / std stays the same
+        (mean, std), (mean_r, std_r) = moments(t), moments(r)
+        return (z - mean_r - std_r / std * (z - mean)) / (t - r)
 
-
-def z_std(t):
-    return ((1 - t) ** 2 * STD**2 + t**2) ** 0.5
-
-
-def exact_v(z, t):
-    return -MEAN + (t - (1 - t) * STD**2) / z_std(t) ** 2 * (z - z_mean(t))
-
-
-def exact_u(z, r, t):
-    """Along the flow of a Gaussian, (z - mean) / std stays the same."""
-    z_r = z_mean(r) + z_std(r) / z_std(t) * (z - z_mean(t))
-    return (z - z_r) / (t - r)
-
-
-def test_exact_average_velocity_satisfies_the_meanflow_identity():
-    """u + (t - r) du/dt = v, on which the whole method rests, holds for a flow with known u."""
-    t, r = torch.tensor([0.9, 0.6, 1.0]).double(), torch.tensor([0.2, 0.5, 0.0]).double()
+    t, r = torch.tensor([[0.9, 0.6, 1.0], [0.2, 0.5, 0.0]]).double()
     z = torch.randn(3).double()
     u, du_dt = torch.func.jvp(exact_u, (z, r, t), (exact_v(z, t), 0 * r, 1 + 0 * t))
-    torch.testing.assert_close(u + (t - r) * du_dt, exact_v(z, t))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_steps_with_the_exact_average_velocity_map_noise_to_data(steps):
-    """With the exact u any number of steps samples the data: nothing is lost in a single one."""
-    class Exact:
-        def u(self, z, t, h, *_):
-            return exact_u(z, t[0] - h[0], t[0])
-
-    x = imf.sample(Exact(), torch.randn(200_000).double(), torch.zeros(200_000), steps)
-    assert abs(x.mean() - MEAN) < 2e-3 and abs(x.std() - STD) < 2e-3
+    assert_close(u + (t - r) * du_dt, exact_v(z, t))
+    net = types.SimpleNamespace(u=lambda z, t, h, *_: exact_u(z, t[0] - h[0], t[0]))
+    for steps in (1, 2, 5):
+        x = imf.sample(net, torch.randn(200_000).double(), torch.zeros(200_000), steps)
+        assert abs(x.mean() - 0.5) < 2e-3 and abs(x.std() - 0.2) < 2e-3
 
 
 def test_draws_have_the_stated_distributions():
     """Times, guidance and dropped classes are those of the release: they decide what is learned."""
-    x = torch.empty(100_000, 1, 1, 1)
-    d = imf.draw(x, torch.Generator().manual_seed(0))
-    matching = torch.arange(len(x)) < 50_000
+    def draw(**kwargs):
+        return imf.draw(torch.empty(100_000, 1), torch.Generator().manual_seed(0), **kwargs)
+
+    d = draw()
+    assert all(torch.equal(a, b) for a, b in zip(d, draw()))
+    matching = torch.arange(100_000) < 50_000
     assert torch.equal(d.r == d.t, matching) and (d.r[~matching] < d.t[~matching]).all()
     logits = torch.cat((d.t[~matching], d.r[~matching])).logit()
     assert abs(logits.mean() + 0.4) < 0.02 and abs(logits.std() - 1) < 0.02
@@ -120,25 +107,14 @@ def test_draws_have_the_stated_distributions():
     log = d.omega.log() / np.log(8)  # density 1 / omega: the logarithm is uniform
     assert 0 <= log.min() and log.max() <= 1
     assert abs(log.mean() - 0.5) < 0.01 and abs(log.var() - 1 / 12) < 2e-3
+    flat, steep = draw(beta=0.0).omega, draw(beta=2.0).omega
+    assert 1 <= flat.min() and flat.max() <= 8 and abs(flat.mean() - 4.5) < 0.05
+    assert abs((1 / steep).mean() - (1 + 1 / 8) / 2) < 0.01  # the reciprocal is uniform
     assert (d.t_min[matching] == 0).all() and (d.t_max[matching] == 1).all()
     for value, low in ((d.t_min[~matching], 0), (d.t_max[~matching], 0.5)):
         assert low <= value.min() and value.max() <= low + 0.5
         assert abs(value.mean() - low - 0.25) < 0.01
     assert abs(d.drop.float().mean() - 0.1) < 0.005 and not d.drop[~matching].any()
-    flat = imf.draw(x, torch.Generator().manual_seed(0), beta=0.0).omega  # uniform on [1, 8]
-    assert 1 <= flat.min() and flat.max() <= 8 and abs(flat.mean() - 4.5) < 0.05
-    steep = imf.draw(x, torch.Generator().manual_seed(0), beta=2.0).omega  # 1 / omega is uniform
-    assert abs((1 / steep).mean() - (1 + 1 / 8) / 2) < 0.01
-
-
-def test_the_same_generator_draws_the_same_numbers_and_strided_parts_keep_the_order():
-    """Parts of a batch, for processes or accumulation, begin with flow matching like the whole."""
-    x = torch.empty(12, 1, 2, 2)
-    a, b = (imf.draw(x, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert all(torch.equal(i, j) for i, j in zip(a, b))
-    for k in range(3):
-        matching = (a.r == a.t)[k::3]
-        assert torch.equal(matching, matching.sort(descending=True).values)
 
 
 def literal_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
@@ -170,20 +146,39 @@ def literal_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 
 
 @pytest.mark.parametrize("tangent", imf.TANGENTS)
-@pytest.mark.parametrize("n, norm_eps", [(1, 0.01), (2, 0.01), (7, 0.01), (16, 0.01), (16, 1e3)])
-def test_the_loss_and_every_gradient_equal_the_literal_port(tangent, n, norm_eps):
-    """What we leave out of the computation counts for nothing: the savings are exact."""
-    net = network()
+@pytest.mark.parametrize("n, norm_eps, predict", [
+    (1, 0.01, "u"), (2, 0.01, "u"), (7, 0.01, "u"), (16, 0.01, "u"), (16, 1e3, "u"),
+    (16, 0.01, "x"), (16, 1e3, "x")])
+def test_the_loss_and_every_gradient_equal_the_literal_port(tangent, n, norm_eps, predict):
+    """What we leave out counts for nothing; predicting the image is the same method, t >= 0.05."""
+    net = network(predict=predict)
     x, y, draws = data(net, n)
+    low = 0.05 if predict == "x" else 0
+    draws = draws._replace(t=draws.t.clamp(low), r=draws.r.clamp(low))
     loss, logs = imf.imf_loss(net, x, y, draws, tangent, norm_eps)
     ours = gradients(net, loss)
     with sdpa_kernel(SDPBackend.MATH):
         expected = literal_loss(net, x, y, draws, tangent, norm_eps)
         theirs = gradients(net, expected)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert_close(loss, expected, rtol=1e-6, atol=0)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
     assert (abs(loss - 2) < 0.1) == (norm_eps == 0.01)
     assert logs["loss_u"] > 0.1 and logs["loss_v"] > 0.1
+
+
+def test_a_network_that_predicts_the_image_turns_it_into_velocities():
+    """u = (z - x_u) / max(t, 0.05), v and the target likewise: small t must not amplify errors."""
+    velocity, image = network(), network(predict="x")
+    x, y, d = data(velocity)
+    t = torch.tensor([0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+    d = d._replace(t=t, r=t / 2, omega=torch.ones(8), drop=torch.zeros(8, dtype=torch.bool))
+    z = (1 - imf.column(t)) * x + imf.column(t) * d.noise
+    u, v = image(z, *conditions(y, d))
+    for found, out in zip((u, v), velocity(z, *conditions(y, d))):
+        assert_close(found, (z - out) / imf.column(t.clamp(min=0.05)))
+    _, logs = imf.imf_loss(image, x, y, d)
+    target = (z - x) / imf.column(t.clamp(min=0.05))
+    assert_close(logs["loss_v"], (v - target).square().mean())
 
 
 def wave(*shape, phase=0.0):
@@ -205,7 +200,7 @@ def test_golden_values_of_network_loss_and_sample():
         t_max=torch.tensor([1, 1, 0.95, 0.8]), drop=torch.tensor([True, False, False, False]))
 
     def close(value, expected):
-        torch.testing.assert_close(value, torch.tensor(expected), rtol=2e-5, atol=2e-5)
+        assert_close(value, torch.tensor(expected), rtol=2e-5, atol=2e-5)
 
     u, v = net(x, *conditions(y, draws))
     close(u[2, 1, 3, :4], [1.2927654, -1.1623044, 1.2749286, -1.1604910])
@@ -221,161 +216,60 @@ def test_golden_values_of_network_loss_and_sample():
         close(gradients(net, value).norm() / 10, norm / 10)
 
 
-def watch(net):
-    """A list that receives of each JVP the values and tangents of (z, t, h), the conditions and
-    du/dt."""
-    seen = []
-
-    def u(z, t, h, *conditions, u=net.u):
-        out = u(z, t, h, *conditions)
-        seen.append((*zip(*map(unpack_dual, (z, t, h))), conditions, unpack_dual(out).tangent))
-        return out
-
-    net.u = u
-    return seen
-
-
+@pytest.mark.parametrize("predict", ["u", "x"])
 @pytest.mark.parametrize("seed", range(4))
-def test_jvp_matches_finite_differences(seed):
+def test_jvp_matches_finite_differences(seed, predict):
     """du/dt is how fast u changes when z moves along v, and t and h by 1."""
-    net = network()
+    net = network(predict=predict)
+    x, y, draws = data(net, seed=seed)
+    low = 0.1 if predict == "x" else 0  # it has a kink at 0.05
+    draws = draws._replace(t=draws.t.clamp(low), r=draws.r.clamp(low))
     seen = watch(net)
-    imf.imf_loss(net, *data(net, seed=seed))
-    ((values, tangents, others, du_dt),) = seen
+    imf.imf_loss(net, x, y, draws)
+    ((args, (_, du_dt)),) = [call for call in seen if call[1].tangent is not None]
 
     def moved(s):
-        return net.u(*(a + s * da for a, da in zip(values, tangents)), *others)
+        return net.u(*(a if da is None else a + s * da for a, da in args))
 
     eps = 2e-3  # in float32; of fourth order, to stay far below the tolerance
     with torch.no_grad():
         near, far = moved(eps) - moved(-eps), moved(2 * eps) - moved(-2 * eps)
     difference = (8 * near - far) / (12 * eps)
     assert (du_dt - difference).norm() < 1e-3 * difference.norm()
-    assert (tangents[1] == 1).all() and (tangents[2] == 1).all()
+    assert (args[1].tangent == 1).all() and (args[2].tangent == 1).all()
 
 
-class SameFunction(torch.nn.Module):
-    """A network that predicts velocities, in the form of one that predicts clean images."""
-
-    predict = "x"
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.num_classes = net, net.num_classes
-        self.velocity_from = net.velocity_from
-
-    def as_velocity(self, u, z, t):  # by way of the image
-        return self.velocity_from(z - t.clamp(min=0.05).view(-1, 1, 1, 1) * u, z, t)
-
-    def forward(self, z, t, *conditions):
-        u, v = self.net(z, t, *conditions)
-        return self.as_velocity(u, z, t), self.as_velocity(v, z, t)
-
-    def u(self, z, t, *conditions):
-        return self.as_velocity(self.net.u(z, t, *conditions), z, t)
-
-    def v(self, z, t, *conditions):
-        return self.as_velocity(self.net.v(z, t, *conditions), z, t)
-
-
-@pytest.mark.parametrize("tangent", imf.TANGENTS)
-def test_predicting_the_image_or_the_velocity_is_the_same_method(tangent):
-    """One function in two forms has the same loss, gradients and du/dt: only what the last layer
-    learns differs. Below t = 0.05, where (z - x) / 0.05 is learned, it is another function."""
+def test_tangents_need_no_autograd_and_an_unknown_one_is_refused():
+    """Guidance and JVP carry no gradient, which saves memory; a misspelt method is not another."""
     net = network()
-    x, y, draws = data(net, 16)
-    draws = draws._replace(t=draws.t.clamp(min=0.05), r=draws.r.clamp(min=0.05))
     seen = watch(net)
-    expected, logs = imf.imf_loss(net, x, y, draws, tangent, norm_eps=10.0)
-    theirs = gradients(net, expected)
-    loss, same_logs = imf.imf_loss(SameFunction(net), x, y, draws, tangent, norm_eps=10.0)
-    ours = gradients(net, loss)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(same_logs, logs, rtol=1e-5, atol=0)
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-    velocity, image = (du_dt for *_, du_dt in seen if du_dt is not None)
-    assert (velocity - image).norm() < 1e-5 * velocity.norm()
-
-
-def test_a_network_that_predicts_the_image_turns_it_into_velocities():
-    """u = (z - x_u) / max(t, 0.05), v likewise; the target too, and the tangent of t counts."""
-    velocity, image = network(), network(predict="x")
-    x, y, d = data(velocity)
-    t = torch.tensor([0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
-    d = d._replace(t=t, r=torch.where(d.r < d.t, t / 2, t))
-    for ours, out in zip(image(x, *conditions(y, d)), velocity(x, *conditions(y, d))):
-        torch.testing.assert_close(ours, (x - out) / t.clamp(min=0.05)[:, None, None, None])
-    seen = watch(image)
-    _, logs = imf.imf_loss(image, x, y, d._replace(omega=torch.ones(8)))
-    ((values, tangents, others, du_dt),) = seen
-    h = 1e-3
-    moved = [image.u(*(a + s * da for a, da in zip(values, tangents)), *others) for s in (h, -h)]
-    difference = (moved[0] - moved[1]) / (2 * h)
-    assert (du_dt - difference)[1:].norm() < 1e-2 * difference[1:].norm()  # t > 0.05
-    z = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * d.noise
-    y = torch.where(d.drop, image.num_classes, y)
-    v = image.v(z, *conditions(y, d._replace(omega=torch.ones(8))))
-    target = (z - x) / t.clamp(min=0.05)[:, None, None, None]
-    torch.testing.assert_close(logs["loss_v"], (v - target).square().mean())
-
-
-def test_where_r_equals_t_it_is_flow_matching():
-    """With r = t and no class, u and v are both regressed on e - x."""
-    net = network()
-    x, y, _ = data(net)
-    draws = imf.draw(x, flow_matching=1.0, class_dropout=1.0)
-    _, logs = imf.imf_loss(net, x, y, draws)
-    t = draws.t[:, None, None, None]
-    u, v = net((1 - t) * x + t * draws.noise, *conditions(torch.full_like(y, 5), draws))
-    torch.testing.assert_close(logs["loss_u"], (u - (draws.noise - x)).square().mean())
-    torch.testing.assert_close(logs["loss_v"], (v - (draws.noise - x)).square().mean())
-
-
-def test_only_the_training_pass_carries_a_gradient():
-    """Guidance and JVP run without autograd: one ordinary backward pass, and no more memory."""
-    net = network()
-    carries = []
-    for name in ("u", "v"):
-        def watched(*args, method=getattr(net, name)):
-            out = method(*args)
-            carries.append(out.requires_grad)
-            return out
-        setattr(net, name, watched)
     for tangent in imf.TANGENTS:
         imf.imf_loss(net, *data(net), tangent)
-    assert len(carries) == 3 * 3 + 1 and not any(carries)
-
-
-def test_outside_its_interval_guidance_is_off():
-    """For t outside [t_min, t_max] the target is e - x, whatever omega is."""
-    net = network()
-    x, y, draws = data(net)
-    never = draws._replace(t_min=torch.full_like(draws.t, 2.0), r=draws.t * 0.5)
-    _, logs = imf.imf_loss(net, x, y, never)
-    t = draws.t[:, None, None, None]
-    y_kept = torch.where(draws.drop, net.num_classes, y)
-    _, v = net((1 - t) * x + t * draws.noise, *conditions(y_kept, never))
-    torch.testing.assert_close(logs["loss_v"], (v - (draws.noise - x)).square().mean())
-    always = never._replace(t_min=torch.zeros_like(draws.t), t_max=torch.ones_like(draws.t))
-    assert abs(imf.imf_loss(net, x, y, always)[1]["loss_v"] - logs["loss_v"]) > 1e-3
-
-
-def test_a_dropped_class_is_the_null_class():
-    """A sample that loses its class trains only the embedding of "no class"."""
-    net = network()
-    x, y, draws = data(net)
-    every = draws._replace(drop=torch.ones_like(draws.drop))
-    imf.imf_loss(net, x, y, every)[0].backward()
-    rows = net.y_embedder.weight.grad.abs().sum(1)
-    assert rows[-1] > 0 and (rows[:-1] == 0).all()
-    assert imf.imf_loss(net, x, y, every)[0] == imf.imf_loss(net, x, (y + 1) % 5, every)[0]
-
-
-def test_an_unknown_tangent_is_refused():
-    """A misspelt variant of the method must not train another one."""
-    net = network()
+    assert len(seen) == 3 * 3 + 1 and not any(out.primal.requires_grad for _, out in seen)
     with pytest.raises(ValueError, match="sideways"):
         imf.imf_loss(net, *data(net), "sideways")
+
+
+def test_without_guidance_it_is_a_regression_on_e_minus_x():
+    """Outside the interval, or without a class, the target is e - x; where r = t, that of u too."""
+    net = network()
+    x, y, d = data(net)
+    z = (1 - imf.column(d.t)) * x + imf.column(d.t) * d.noise
+    outside = d._replace(r=d.t / 2, t_min=torch.full_like(d.t, 2.0))
+    dropped = d._replace(r=d.t, drop=torch.ones_like(d.drop))
+    logs = {}
+    for draws in (outside, dropped):
+        loss, logs = imf.imf_loss(net, x, y, draws)
+        u, v = net(z, *conditions(torch.where(draws.drop, net.num_classes, y), draws))
+        assert_close(logs["loss_v"], (v - (d.noise - x)).square().mean())
+    assert_close(logs["loss_u"], (u - (d.noise - x)).square().mean())
+    assert imf.imf_loss(net, x, (y + 1) % 5, dropped)[0] == loss
+    loss.backward()
+    rows = net.y_embedder.weight.grad.abs().sum(1)
+    assert rows[-1] > 0 and (rows[:-1] == 0).all()
+    inside = outside._replace(t_min=torch.zeros_like(d.t), t_max=torch.ones_like(d.t))
+    off, on = (imf.imf_loss(net, x, y, draws)[1]["loss_v"] for draws in (outside, inside))
+    assert abs(on - off) > 1e-3
 
 
 # ---- The network ----
@@ -393,14 +287,12 @@ def test_parameters_of_the_networks_of_the_paper(name, to_sample, to_train):
 
 
 def test_initialisation():
-    """Every block begins as the identity and u, v as zero; the weights have the release's scales.
-    """
+    """Every block begins as the identity and u, v as zero; weights have the release's scales."""
     torch.manual_seed(0)
     net = model.DiT(16, 3, 10, 4, 384, 2, 6, 1)
     block = net.u_heads[0]
-    assert (block.attn_scale == 0).all() and (block.mlp_scale == 0).all()
-    for layer in (net.u_final_layer, net.v_final_layer):
-        assert (layer.linear.weight == 0).all() and (layer.linear.bias == 0).all()
+    final_layers = *net.u_final_layer.linear.parameters(), *net.v_final_layer.linear.parameters()
+    assert all((p == 0).all() for p in (block.attn_scale, block.mlp_scale, *final_layers))
     for linear in (block.attn.qkv_proj, block.attn.out_proj, block.mlp.w13, block.mlp.w2):
         assert abs(linear.weight.std() * linear.in_features**0.5 - 0.32) < 0.01
     assert abs(net.h_embedder.mlp[0].weight.std() - 1 / 16) < 2e-3
@@ -409,108 +301,94 @@ def test_initialisation():
     assert 0.99 * bound < net.x_embedder.weight.abs().max() <= bound
 
 
-def test_branches_alone_equal_the_whole():
-    """net.u and net.v, which the savings rely on, are the two outputs of net."""
-    net = network()
-    x, y, d = data(net)
-    u, v = net(x, *conditions(y, d))
-    assert u.shape == v.shape == x.shape
-    assert torch.equal(net.u(x, *conditions(y, d)), u)
-    assert torch.equal(net.v(x, *conditions(y, d)), v)
-
-
-def test_rotary_embedding_turns_neighbouring_pairs():
-    """Pair k of index i is rotated by i * 10000^(-2k / head_dim), as released weights expect."""
+def test_positions_and_scalars_are_embedded_as_in_the_release():
+    """Pairs (0, 1), (2, 3), ... rotate and 128 cosines precede 128 sines: weights rely on it."""
     x = torch.randn(3, 5, 8)
     out = model.rotate(x, model.rotations(5, 8, "cpu"))
     angle = torch.tensor(4 * 10000 ** (-2 / 8))  # index 4, pair (2, 3)
     a, b = x[:, 4, 2], x[:, 4, 3]
-    torch.testing.assert_close(out[:, 4, 2], a * angle.cos() - b * angle.sin())
-    torch.testing.assert_close(out[:, 4, 3], a * angle.sin() + b * angle.cos())
-    torch.testing.assert_close(out[:, 0], x[:, 0])
-
-
-def test_scalars_are_embedded_by_sinusoids():
-    """128 cosines, then 128 sines, of the scalar times exp(-ln(10000) i / 128)."""
+    assert_close(out[:, 4, 2], a * angle.cos() - b * angle.sin())
+    assert_close(out[:, 4, 3], a * angle.sin() + b * angle.cos())
+    assert_close(out[:, 0], x[:, 0])
     embedder = model.ScalarEmbedder(32)
     embedder.mlp = torch.nn.Identity()
     angles = torch.tensor([[0.7], [8.0]]) * 10000 ** (-torch.arange(128) / 128)
-    torch.testing.assert_close(embedder(torch.tensor([0.7, 8.0])),
-                               torch.cat((angles.cos(), angles.sin()), 1))
+    expected = torch.cat((angles.cos(), angles.sin()), 1)
+    assert_close(embedder(torch.tensor([0.7, 8.0])), expected)
 
 
 def released(net, v_head):
     """The state dict of `net` under the authors' names, q, k, v and w1, w3 apart."""
-    out = {}
+    theirs = {"t_min_emb": "cfg_t_start_emb", "t_max_emb": "cfg_t_end_emb",
+              "x_embedder": "x_embedder.proj",
+              "y_embedder": "y_embedder.embedding_table._flax_embedding"}
+    apart = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "w13": ("w1", "w3")}
+    state = {}
     for name, value in net.state_dict().items():
-        if name.startswith("v_heads") and not v_head:
-            continue
-        name = name.replace("t_min_embedder", "cfg_t_start_embedder")
-        name = name.replace("t_max_embedder", "cfg_t_end_embedder")
-        name = name.replace("y_embedder", "y_embedder.embedding_table._flax_embedding")
-        name = "net." + name.replace("x_embedder", "x_embedder.proj")
-        stem, kind = name.rsplit(".", 1)
-        linear = ("mlp.0", "mlp.2", "_proj", ".w13", ".w2", ".linear")
-        if stem.endswith(linear) and "x_embedder" not in stem:
-            name = f"{stem}._flax_linear.{kind}"
-        parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"]}
-        whole = next((key for key in parts if key in name), None)
-        if whole is None:
-            out[name] = value
-        else:
-            names = [name.replace(whole, part) for part in parts[whole]]
-            out |= zip(names, value.chunk(len(names)))
-    return out
+        for ours in theirs:
+            name = name.replace(ours, theirs[ours])
+        name = re.sub(r"(mlp\.[02]|_proj|w13|w2|linear)\.", r"\1._flax_linear.", name)
+        whole = next((whole for whole in apart if whole in name), name)
+        parts = apart.get(whole, [whole])
+        for part, rows in zip(parts, value.chunk(len(parts))):
+            state["net." + name.replace(whole, part)] = rows
+    return {name: value for name, value in state.items() if v_head or "v_heads" not in name}
 
 
-@pytest.mark.parametrize("v_head", [False, True])
-def test_released_weights_load_by_name_and_shape_alone(v_head, tmp_path):
-    """The authors' files load without any flag, and give what the same weights give here."""
-    net = network(depth=5, num_classes=7)
-    torch.save(released(net, v_head), tmp_path / "iMF.pth")
-    state = torch.load(tmp_path / "iMF.pth")
+@pytest.mark.parametrize("v_head, depth, steps, expected", [
+    (True, 12, 1, (8, 0.4, 0.65)), (False, 24, 1, (10.5, 0.4, 0.6)),
+    (False, 32, 2, (10.5, 0.4, 0.6)), (False, 48, 1, (8, 0.42, 0.62)),
+    (False, 48, 2, (4, 0.36, 0.64)), (True, 5, 1, (2, 0, 1))])
+def test_released_weights_load_by_name(v_head, depth, steps, expected, tmp_path, monkeypatch):
+    """The authors' files need no flag: they give what these weights give, guided as recommended."""
+    net = network(32, 4, depth=depth)
+    state = released(net, v_head)
     assert "net.u_heads.0.attn.q_proj._flax_linear.weight" in state
     assert "net.cfg_t_end_embedder.mlp.2._flax_linear.bias" in state and len(state) > 60
-    same = model.from_official(dict(reversed(state.items())), image_size=8)
-    x, y, d = data(net)
-    assert torch.equal(same.u(x, *conditions(y, d)), net.u(x, *conditions(y, d)))
+    torch.save(dict(reversed(state.items())), tmp_path / "iMF.pth")
+    monkeypatch.setattr(sample, "load_vae", lambda name, device: name)
+    args = types.SimpleNamespace(steps=steps, vae=None, omega=None, interval=None)
+    same, vae, [setting] = sample.prepare(tmp_path / "iMF.pth", args, "cpu")
+    assert vae == sample.VAE == "stabilityai/sd-vae-ft-mse" and same.image_size == 32
+    assert setting == dict(zip(("steps", "omega", "t_min", "t_max"), (steps, *expected)))
+
+    x, y, d = data(net, 2)
+    u, v = net(x, *conditions(y, d))
+    assert u.shape == v.shape == x.shape
+    assert torch.equal(net.u(x, *conditions(y, d)), u)
+    assert torch.equal(net.v(x, *conditions(y, d)), v)
+    assert torch.equal(same.u(x, *conditions(y, d)), u)
     if v_head:
-        assert torch.equal(same.v(x, *conditions(y, d)), net.v(x, *conditions(y, d)))
+        assert torch.equal(same.v(x, *conditions(y, d)), v)
     else:
         with pytest.raises(ValueError, match="no v-head"):
             same.v(x, *conditions(y, d))
     state.pop("net.shared_blocks.0.attn.k_proj._flax_linear.weight")
     with pytest.raises(KeyError, match="k_proj"):
-        model.from_official(state, image_size=8)
+        model.from_official(state)
 
 
 # ---- Cost ----
 
 
 def test_a_step_needs_little_more_than_half_of_the_arithmetic_of_the_literal_port(monkeypatch):
-    """Counted, not timed: 0.55 of the floating-point operations of the loss as one would port it.
-    """
+    """Counted, not timed: 0.55 of it, as a JVP of Linear omits the zero tangent of its weights."""
     net = network(16, 4, 10, patch_size=2, hidden_size=96, depth=12, num_heads=2, head_depth=8)
     x, y, draws = data(net, 32)
     net, x, y = net.to("meta"), x.to("meta"), y.to("meta")  # shapes are enough
 
-    def arithmetic(loss, draws):  # the fused CPU kernel would be invisible to the counter
+    def arithmetic(function, *args):  # the fused CPU kernel would be invisible to the counter
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
-            loss(net, x, y, draws).backward()
+            function(*args)
         return count.get_total_flops()
 
-    ours = arithmetic(lambda *args: imf.imf_loss(*args)[0], draws)
+    layer, z = model.Linear(16, 8).requires_grad_(False), torch.randn(4, 16)
+    assert arithmetic(torch.func.jvp, layer, (z,), (2 * z,)) == 2 * (2 * 4 * 16 * 8)
+    assert_close(torch.func.jvp(layer, (z,), (2 * z,))[1], 2 * z @ layer.weight.T)
+    ours = arithmetic(lambda: imf.imf_loss(net, x, y, draws)[0].backward())
     monkeypatch.setattr(model.Linear, "forward", torch.nn.Linear.forward)  # as a port has it
-    assert ours < 0.56 * arithmetic(literal_loss, [values.to("meta") for values in draws])
-
-
-def test_a_linear_layer_s_forward_derivative_costs_one_product():
-    """PyTorch's own JVP of nn.Linear multiplies x by the zero tangent of W too; ours does not."""
-    layer, x = model.Linear(16, 8), torch.randn(4, 16)
-    with torch.no_grad(), FlopCounterMode(display=False) as count:
-        _, dy = torch.func.jvp(layer, (x,), (2 * x,))
-    assert count.get_total_flops() == 2 * (2 * 4 * 16 * 8)
-    torch.testing.assert_close(dy, 2 * x @ layer.weight.T)
+    draws = [values.to("meta") for values in draws]
+    assert ours < 0.56 * arithmetic(lambda: literal_loss(net, x, y, draws).backward())
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
@@ -522,7 +400,7 @@ def test_a_compiled_step_equals_the_eager_one_and_is_compiled_once():
     def steps():
         for seed in range(4):  # the guided samples are never as many as the step before
             loss, logs = imf.imf_loss(net, *data(net, 10, seed))
-            yield loss.detach(), logs["loss_u"], seen.pop()[-1], gradients(net, loss)
+            yield loss.detach(), logs["loss_u"], seen[-1][1].tangent, gradients(net, loss)
 
     eager = list(steps())
     torch.compiler.reset()
@@ -551,31 +429,29 @@ def checkpoint(path, net, **settings):
     """A checkpoint such as train.py writes, as far as sample.py reads it."""
     settings = {"image_size": net.image_size, "predict": net.predict, **settings}
     torch.save({"ema": net.state_dict(), "settings": settings, "step": 1}, path)
-    return str(path)
+    return path
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, standard output, standard error)."""
-    def call(program, *argv):
+def run(monkeypatch, capsys):
+    """Runs a command line here and returns what it printed; with `refused` it must end with status
+    2 and one line that has all these words."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(program, *argv, refused=()):
         monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, argv)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
         status = 0
         try:
             sample.run(program.main)
         except SystemExit as end:
             status = end.code
-        return status, *capsys.readouterr()
-    return call
-
-
-def refused(result, *names):
-    """Whether a command line ended with status 2, one line that has all these names, no traceback.
-    """
-    status, _, err = result
-    last = err.strip().splitlines()[-1]
-    assert "Traceback" not in err and status == 2, err
-    return ".py: " in last and all(str(name) in last for name in names) or pytest.fail(err)
+        out, err = capsys.readouterr()
+        assert status == (2 if refused else 0) and "Traceback" not in err, (argv, err)
+        last = err.strip().split("\n")[-1]
+        for word in (program.__name__ + ".py: ", *map(str, refused)) if refused else ():
+            assert word in last, (argv, err)
+        return out
+    return run
 
 
 def test_an_image_depends_on_its_own_seed_alone():
@@ -595,146 +471,79 @@ def test_guidance_and_steps_are_free_at_every_call():
     """omega, interval and number of steps are inputs of the network, not of the training."""
     net = network()
     noise, y, _ = data(net)
-    one = imf.sample(net, noise, y, 1, omega=2.0, t_min=0.3, t_max=0.7)
+    chosen = dict(steps=1, omega=2.0, t_min=0.3, t_max=0.7)
+    one = imf.sample(net, noise, y, **chosen)
     many = imf.sample(net, noise, y, 1, torch.full((8,), 2.0), torch.full((8,), 0.3), 0.7)
     assert torch.equal(one, many)
     for other in (dict(steps=3), dict(omega=3.0), dict(t_min=0.1), dict(t_max=0.8)):
-        kwargs = dict(steps=1, omega=2.0, t_min=0.3, t_max=0.7) | other
-        assert (imf.sample(net, noise, y, **kwargs) - one).abs().max() > 1e-4
+        assert (imf.sample(net, noise, y, **chosen | other) - one).abs().max() > 1e-4
 
 
 def test_pixels_are_rounded_from_minus_one_to_one():
     """A sample of -1 is black, 0 is 128, 1 is white, and what lies beyond is cut off."""
-    class Constant(torch.nn.Module):
-        channels, image_size = 1, 2
-
-        def u(self, z, *_):
-            return z - torch.tensor([[-1.5, -1.0], [0.0, 1.0]])
-
-    net = Constant()
-    net.p = torch.nn.Parameter(torch.zeros(()))
+    net = network(2, channels=1)
+    net.u = lambda z, *_: z - torch.tensor([[-1.5, -1.0], [0.0, 1.0]])
     [images] = sample.generate(net, range(3), [0])
     assert images.shape == (3, 3, 2, 2) and images[2, 1].tolist() == [[0, 0], [128, 255]]
 
 
-def test_sample_writes_a_sheet_a_folder_or_an_npz(tmp_path, call):
+def test_sample_writes_a_sheet_a_folder_or_an_npz(tmp_path, run):
     """The three outputs hold the same images, and nothing else is left behind."""
     path = checkpoint(tmp_path / "last.pt", network(channels=3))
-
-    def run(*argv):
-        assert call(sample, path, *argv)[0] == 0
-
-    run("--num", 6, "--classes", 3, 1, "--out", tmp_path / "a.npz", "--seed", 5)
-    run("--num", 6, "--classes", 3, 1, "--out", tmp_path / "new.folder", "--seed", 5)
+    argv = [path, "--num", 6, "--classes", 3, 1, "--interval", 0.2, 0.8, "--seed", 5, "--omega"]
+    for name in ("a.npz", "a.png", "new.folder"):
+        run(sample, *argv, 1, 4, "--out", tmp_path / name)
+    run(sample, *argv, 4, "--out", tmp_path / "b.npz")
+    run(sample, path)
+    assert Image.open(tmp_path / "samples.png").size == (10 * 80, 10 * 80)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
-    assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
-    assert labels.tolist() == [3, 1] * 3
+    assert images.dtype == np.uint8 and images.shape == (12, 8, 8, 3)
+    assert labels.tolist() == [3, 1] * 6
+    assert np.array_equal(images[6:], np.load(tmp_path / "b.npz")["arr_0"])
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (2 * 80, 6 * 80, 3)
     for i, image in enumerate(images):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / f"new.folder/{i:06d}.png")), image)
-    run("--omega", 1, 2, 4, "--num", 5, "--out", tmp_path / "b.png", "--interval", 0.2, 0.8)
-    sheet = np.asarray(Image.open(tmp_path / "b.png"))
-    assert sheet.shape == (3 * 80, 5 * 80, 3)
-    run("--omega", 4, "--num", 5, "--out", tmp_path / "c.npz", "--interval", 0.2, 0.8)
-    row = np.load(tmp_path / "c.npz")["arr_0"]  # each pixel 8 x 8, with a border of one
-    assert np.array_equal(sheet[2 * 80 + 8:3 * 80 - 8:8, 80 + 8:2 * 80 - 8:8], row[1])
-    run()
-    assert Image.open(tmp_path / "samples.png").size == (10 * 80, 10 * 80)
+        top, left = i // 6 * 80 + 8, i % 6 * 80 + 8  # each pixel 8 x 8, with a border of one
+        assert np.array_equal(sheet[top:top + 64:8, left:left + 64:8], image)
+        assert np.array_equal(Image.open(tmp_path / f"new.folder/{i:06d}.png"), image)
     assert sorted(os.listdir(tmp_path)) == [
-        "a.npz", "b.png", "c.npz", "last.pt", "new.folder", "samples.png"]
-    assert refused(call(sample, path, "--out", tmp_path / "new.folder"), "new.folder")
+        "a.npz", "a.png", "b.npz", "last.pt", "new.folder", "samples.png"]
 
 
-class Hostile:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, (os.environ["IMF_HOSTILE"],)
+# ---- Data ----
 
 
-def test_a_bad_checkpoint_is_one_line_and_runs_no_code(tmp_path, call, monkeypatch):
-    """Whatever a file holds, it is named and refused, and nothing in it is executed."""
-    monkeypatch.setenv("IMF_HOSTILE", str(tmp_path / "owned"))
-    net = network(channels=1)
-    whole = open(checkpoint(tmp_path / "good.pt", net), "rb").read()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"ema": Hostile()}))
-    for name, content in {
-            "hostile": {"ema": Hostile(), "settings": {}, "step": 1}, "list": [1, 2],
-            "other": {"weights": torch.ones(3)}, "net": {f"net.{i}": torch.ones(2) for i in "12"},
-            "ema": {"ema": {"a": 1}, "settings": {"image_size": 8}, "step": 1}}.items():
-        torch.save(content, tmp_path / f"{name}.pt")
-    for size in (9, 10**9, -4, "x"):
-        checkpoint(tmp_path / f"size{size}.pt", net, image_size=size)
-    torch.nn.init.constant_(net.class_tokens, float("nan"))
-    checkpoint(tmp_path / "nan.pt", net)
-    names = sorted(os.listdir(tmp_path))
-    (tmp_path / "folder").mkdir()
-    for name in [*names, "missing.pt", "folder"]:
-        if name != "good.pt":
-            assert refused(call(sample, tmp_path / name), "sample.py", name)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names, "folder"])
+def pictures(n, size, seed=0):
+    """Smooth random images, uint8 (n, size, size, 3)."""
+    small = np.random.default_rng(seed).integers(256, size=(n, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), 2)) for i in small])
 
 
-@pytest.mark.parametrize("argv", [
-    ["--classes", "5"], ["--classes", "-1"], ["--omega", "0"], ["--omega", "-2"],
-    ["--omega", "nan"], ["--omega", "inf"], ["--interval", "0.6", "0.4"],
-    ["--interval", "0", "1.5"], ["--steps", "0"], ["--num", "0"], ["--num", "x"],
-    ["--vae", "some"], ["--device", "abacus"], ["--out", "last.pt/x.png"], ["--sead", "1"],
-    ["--out", "."], ["--out", "folder.png"]])
-def test_sample_refuses_bad_arguments_in_one_line(argv, tmp_path, call, monkeypatch):
-    """A wrong argument is named, and no file appears."""
-    checkpoint(tmp_path / "last.pt", network(channels=1))
-    (tmp_path / "folder.png").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert refused(call(sample, "last.pt", *argv), "sample.py")
-    assert sorted(os.listdir(tmp_path)) == ["folder.png", "last.pt"]
+PICTURES, LABELS = pictures(12, 8), np.arange(12) % 3
 
 
-# ---- Training ----
-
-
-def test_a_short_training_samples_in_one_step_what_the_data_show():
-    """The method works: after 150 steps, one evaluation turns noise into images like the data."""
-    torch.manual_seed(0)
-    patterns = torch.tensor([[1.0, 1, -1, -1], [-1, 1, -1, 1]]).repeat_interleave(4, 1)
-    patterns = patterns.view(2, 4, 4)
-    net = model.DiT(4, 1, 1, 2, 32, 2, 2, 1)
-    noise, y = torch.randn(200, 1, 4, 4), torch.zeros(200, dtype=torch.long)
-
-    def distance():  # to the nearest of all images that the data may have
-        x = imf.sample(net, noise, y)
-        images = [scale * p for scale in torch.linspace(0.8, 1, 11) for p in patterns]
-        distances = torch.stack([(x - i).square().mean((1, 2, 3)) for i in images])
-        return distances.min(0).values.mean().item()
-
-    before = distance()
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0)
-    for _ in range(150):
-        x = patterns[torch.randint(2, (64,))] * (0.8 + 0.2 * torch.rand(64, 1, 1))
-        imf.imf_loss(net, x[:, None], y[:64], imf.draw(x[:, None]))[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert before > 1.2 and distance() < 0.4 * before
+@pytest.fixture
+def small(monkeypatch):
+    """`--model tiny` made smaller still, and fewer digits."""
+    monkeypatch.setitem(model.MODELS, "tiny", SMALL)
+    monkeypatch.setattr(train, "digits", lambda n, digits=train.digits: digits(100))
 
 
 def test_digits_are_a_pure_function_of_number_and_seed():
     """The built-in data are the same on every start, all different, and none is cut off."""
     images, labels = train.digits(500, seed=3)
-    again, _ = train.digits(500, seed=3)
-    other, _ = train.digits(500, seed=4)
     assert images.dtype == np.uint8 and images.shape[0] == 500 and labels.shape == (500,)
-    assert np.array_equal(images, again) and not np.array_equal(images, other)
+    assert np.array_equal(images, train.digits(500, seed=3)[0])
+    assert not np.array_equal(images, train.digits(500, seed=4)[0])
     assert set(labels) == set(range(10)) and len(np.unique(images, axis=0)) == 500
-    border = np.maximum(images[:, :, [0, -1]].max((1, 2, 3)), images[..., [0, -1]].max((1, 2, 3)))
-    assert (border > 0).mean() < 0.02
+    inner = images.copy()
+    inner[..., 1:-1, 1:-1] = 0
+    assert inner.any((1, 2, 3)).mean() < 0.02
 
 
 def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
-    """Batches and draws follow from (seed, step), parts are slices of the whole: so runs resume,
-    and any number of processes and parts trains the same model."""
+    """A batch follows from (seed, step) and parts are its slices: so runs resume and divide."""
     args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0, accum=2)
     images, labels = train.digits(10)
     images = torch.from_numpy(images)
@@ -744,13 +553,187 @@ def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     assert not torch.equal(x[:10], x[10:])
     assert x.min() >= -1 and x.max() <= 1 and x.max() > 0.9
     assert not torch.equal(steps[0][2].noise, steps[1][2].noise)
-    x, y, draws = steps[1]
     for rank in (0, 1):  # of two processes, in two parts each
         parts = train.batches(images, labels, args, 1, rank, 2)
         for share in (rank, rank + 2):
-            part, label, own = next(parts)
-            assert torch.equal(part, x[share::4]) and torch.equal(label, y[share::4])
-            assert all(torch.equal(a, b[share::4]) for a, b in zip(own, draws))
+            x, y, draws = next(parts)
+            for part, whole in zip((x, y, *draws), (*steps[1][:2], *steps[1][2])):
+                assert torch.equal(part, whole[share::4])
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A folder of three classes, of all sizes and modes, with files that are no images."""
+    rng = np.random.default_rng(0)
+    for i, (name, mode) in enumerate([
+            ("aster/0.png", "RGB"), ("aster/1.png", "L"), ("iris/0.png", "RGBA"),
+            ("iris/1.png", "P"), ("iris/2.png", "1"), ("rose/0.jpg", "CMYK")]):
+        path = tmp_path / "flowers" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(256, size=(20 + 15 * i, 41, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path)
+    for name in ("iris/notes.txt", "rose/.hidden.png"):
+        (tmp_path / "flowers" / name).write_text("not an image")
+    return tmp_path / "flowers"
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, monkeypatch):
+    """Missing chunks of a cache are made again, damaged ones named, and the whole is enough."""
+    monkeypatch.setattr(train, "CHUNK", 10)
+    for i in range(20):
+        shutil.copy(flowers / "aster/0.png", flowers / f"aster/copy-{i:02d}.png")
+
+    def load():
+        images, labels, source = train.folder_data(flowers, 16, tmp_path / "cache")
+        return torch.stack(list(images)), labels.tolist(), source
+
+    first, labels, source = load()
+    assert first.shape == (26, 3, 16, 16) and first.dtype == torch.uint8
+    assert labels == [0] * 22 + [1, 1, 1, 2]
+    by_hand = train.centre_crop(Image.open(flowers / "rose/0.jpg").convert("RGB"), 16)
+    assert np.array_equal(first[25].permute(1, 2, 0), by_hand)
+
+    [folder] = (tmp_path / "cache").iterdir()
+    chunks = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert [path.name for path in chunks] == ["000000000.pt", "000000010.pt", "000000020.pt"]
+    _, middle, last = chunks
+    seen, decode = [], train.decode
+    monkeypatch.setattr(train, "decode", lambda path, size: seen.append(path) or decode(path, size))
+    for missing in (0, 10):
+        again, *rest = load()
+        assert torch.equal(again, first) and rest == [labels, source] and len(seen) == missing
+        middle.unlink()
+    assert torch.equal(load()[0], first) and len(seen) == 20
+    assert chunks == {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    os.truncate(last, 1000)
+    with pytest.raises(ValueError, match=last.name):
+        load()
+    last.write_bytes(chunks[last])
+    moved, *rest = train.cached_data(shutil.move(folder, tmp_path / source))
+    assert torch.equal(torch.stack(list(moved)), first) and rest[1] == source
+    (tmp_path / source / middle.name).unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        train.cached_data(tmp_path / source)
+    shutil.copy(flowers / "aster/0.png", flowers / "iris/one-more.png")
+    changed, _, other = load()
+    assert len(changed) == 27 and other != source
+
+
+def test_the_centre_crop_is_that_of_adm(tmp_path):
+    """Halved with BOX, then BICUBIC, then cropped; pictures of more than 8 bits are refused."""
+    pixels = np.random.default_rng(0).integers(256, size=(40, 100, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    by_hand = image.resize((50, 20), Image.BOX).resize((40, 16), Image.BICUBIC)
+    assert np.array_equal(train.centre_crop(image, 16), by_hand.crop((12, 0, 28, 16)))
+    Image.fromarray(np.full((9, 9), 0x80, np.uint8)).save(tmp_path / "c.png")
+    assert (train.decode(tmp_path / "c.png", 4) == 0x80).all()
+    for name, pixels in (("a.png", np.uint16(0x8000)), ("b.tif", np.float32(0.5))):
+        Image.fromarray(np.full((9, 9), pixels)).save(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            train.decode(tmp_path / name, 4)
+
+
+def test_an_npz_of_images_and_labels_is_training_data(small, tmp_path, run):
+    """What sample.py writes, grey or in colour, can be trained on, at the size that it has."""
+    np.savez(tmp_path / "grey.npz", PICTURES[..., 0], LABELS)
+    np.savez(tmp_path / "colour.npz", PICTURES, LABELS.astype(np.uint8))
+    images, labels, _ = train.npz_data(tmp_path / "colour.npz")
+    assert np.array_equal(images, PICTURES.transpose(0, 3, 1, 2)) and np.array_equal(labels, LABELS)
+    run(train, "--data", tmp_path / "grey.npz", "--steps", 1, "--batch-size", 4, "--out", tmp_path)
+    net, _ = sample.load(tmp_path / "last.pt")
+    assert (net.image_size, net.channels, net.num_classes, net.predict) == (8, 1, 3, "x")
+
+
+def save_vae(folder, latent_channels, levels):
+    """A VAE of 25,000 random parameters; the paper's has 4 channels and 4 levels."""
+    import diffusers
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=4,
+        latent_channels=latent_channels).save_pretrained(folder)
+    return str(folder)
+
+
+def test_latents_are_drawn_from_the_posterior_and_normalised(flowers, tmp_path, monkeypatch):
+    """Stored are mean and standard deviation; a batch draws from them; decoding undoes it all."""
+    vae = sample.load_vae(save_vae(tmp_path / "vae", 4, 4))
+    coded, labels, source = train.folder_data(flowers, 32, tmp_path / "cache", vae)
+    pixels, same_labels, other = train.folder_data(flowers, 32, tmp_path / "pixels")
+    latents = torch.stack(list(coded))
+    assert latents.shape == (6, 8, 4, 4) and latents.dtype == torch.float16
+    assert np.array_equal(labels, same_labels) and source != other
+    with torch.no_grad():
+        posterior = vae.encode(torch.stack(list(pixels)) / 127.5 - 1).latent_dist
+    assert_close(latents, torch.cat((posterior.mean, posterior.std), 1).half())
+
+    args = types.SimpleNamespace(batch_size=6000, seed=1, t_mean=-0.4, t_std=1.0)
+    x, y, _ = train.batch(coded, labels, args, 0)
+    first = x[y == 2]  # one image, a thousand times
+    mean, std = latents[5].float().chunk(2)
+    z = first * sample.LATENT_STD + sample.LATENT_MEAN
+    assert len(first) == 1000 and (z.mean(0) - mean).abs().max() < 0.15 * std.max()
+    assert (z.std(0) / std - 1).abs().max() < 0.15
+    constants = torch.stack((sample.LATENT_MEAN, sample.LATENT_STD)).flatten().tolist()
+    assert constants == pytest.approx([0.86488, -0.27787343, 0.21616915, 0.3738409,
+                                       4.85503674, 5.31922414, 3.93725398, 3.9870003])
+
+    monkeypatch.setattr(imf, "sample", lambda *_, **__: first[:8])
+    [decoded] = sample.generate(network(4, 4), range(8), [0], vae=vae)
+    with torch.no_grad():
+        expected = (vae.decode(z[:8]).sample * 127.5 + 127.5).round().clamp(0, 255)
+    assert np.abs(decoded.astype(float) - expected.numpy()).max() <= 1
+
+
+def test_from_images_to_latents_to_released_weights_to_images(small, flowers, tmp_path, run):
+    """The whole way; --init makes the missing v-head a copy of the u-head, as they should agree."""
+    vae, out = save_vae(tmp_path / "vae", 4, 4), tmp_path / "out"
+    net = network(image_size=4, channels=4, num_classes=3)
+    torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
+    init = ["--init", tmp_path / "iMF.pth", "--batch-size", 4, "--steps", 2, "--lr", 1e-12,
+            "--muon-lr", 0, "--out"]
+    run(train, *init, out, "--data", flowers, "--image-size", 32, "--vae", vae)
+    fresh, info = sample.load(out / "last.pt")
+    assert (fresh.image_size, fresh.channels, fresh.num_classes) == (4, 4, 3)
+    assert info["vae"] == vae and Image.open(out / "step-000002.png").width == 10 * 68
+    x, y, d = data(net)
+    u, v = fresh(x, *conditions(y, d))
+    assert_close(u, net.u(x, *conditions(y, d)))
+    assert_close(u, v)
+    run(sample, out / "last.pt", "--num", 5, "--out", tmp_path / "a.npz")
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    assert images.shape == (5, 32, 32, 3) and images.std() > 0
+    for name in (flowers, tmp_path / "nowhere"):
+        run(sample, out / "last.pt", "--vae", name, refused=["--vae", name])
+    run(train, *init, tmp_path / "other", refused=["--init"])  # digits are no latents
+    with pytest.raises(ValueError, match="4 channels of latents at 1/8"):
+        sample.load_vae(save_vae(tmp_path / "other", 16, 1))
+
+
+# ---- Training ----
+
+
+def test_a_short_training_samples_in_one_step_what_the_data_show():
+    """The method works: after 150 steps, one evaluation turns noise into images like the data."""
+    torch.manual_seed(0)
+    patterns = torch.tensor([[1.0, 1, -1, -1], [-1, 1, -1, 1]]).repeat_interleave(4, 1)
+    patterns = patterns.view(2, 1, 4, 4)
+    net = model.DiT(4, 1, 1, 2, 32, 2, 2, 1)
+    noise, y = torch.randn(200, 1, 4, 4), torch.zeros(200, dtype=torch.long)
+
+    def distance():  # to the nearest of all images that the data may have
+        images = torch.cat([scale * patterns for scale in torch.linspace(0.8, 1, 11)])
+        x = imf.sample(net, noise, y)
+        return (x[:, None] - images).square().mean((2, 3, 4)).amin(1).mean()
+
+    before = distance()
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0)
+    for _ in range(150):
+        x = patterns[torch.randint(2, (64,))] * (0.8 + 0.2 * torch.rand(64, 1, 1, 1))
+        imf.imf_loss(net, x, y[:64], imf.draw(x))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before > 1.2 and distance() < 0.4 * before
 
 
 def test_the_learning_rate_rises_in_the_warm_up_and_falls_in_the_cooldown():
@@ -777,9 +760,9 @@ def test_an_update_is_adamw_of_the_release_or_muon_and_its_average(muon_lr):
         p.grad = torch.randn_like(p)
     train.update(net, ema, optimizers.values(), 0.5, 0.75)
     first, second = (b - p.detach() for b, p in zip(before, (matrix, other)))
-    torch.testing.assert_close(second, 0.01 * other.grad.sign(), rtol=1e-3, atol=1e-6)
+    assert_close(second, 0.01 * other.grad.sign(), rtol=1e-3, atol=1e-6)
     average = ema.u_final_layer.linear.weight
-    torch.testing.assert_close(average, 0.75 * before[1] + 0.25 * other.detach())
+    assert_close(average, 0.75 * before[1] + 0.25 * other.detach())
     assert not any(p.requires_grad for p in ema.parameters())  # or a graph would grow every step
     if muon_lr:
         scale = 0.5 * 0.05 * (matrix.shape[0] / matrix.shape[1]) ** 0.5
@@ -788,75 +771,60 @@ def test_an_update_is_adamw_of_the_release_or_muon_and_its_average(muon_lr):
         product = first.T @ matrix.grad  # symmetric: the same singular vectors
         assert (product - product.T).norm() < 1e-3 * product.norm()
     else:
-        torch.testing.assert_close(first, 0.01 * matrix.grad.sign(), rtol=1e-3, atol=1e-6)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """`--model tiny` made smaller still, and fewer digits."""
-    monkeypatch.setitem(model.MODELS, "tiny", SMALL)
-    digits = train.digits
-    monkeypatch.setattr(train, "digits", lambda n: digits(100))
-
-
-def trained(out):
-    return torch.load(out / "last.pt", weights_only=True)
+        assert_close(first, 0.01 * matrix.grad.sign(), rtol=1e-3, atol=1e-6)
 
 
 def records(out):
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
-def weights_of(out):
-    return torch.cat([p.flatten() for p in trained(out)["net"].values()])
+def weights_of(out, name="net"):
+    saved = torch.load(out / "last.pt", weights_only=True)
+    return torch.cat([p.flatten() for p in saved[name].values()])
 
 
-def same(a, b):
-    """Equal, bit for bit, through dictionaries, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def assert_same_run(*folders):
+    """The last checkpoints in two folders are equal, bit for bit."""
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in folders)
+    assert a.pop("settings") == b.pop("settings")
+    assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_run_continued_is_the_run_uninterrupted(small, tmp_path, call):
+def test_a_run_continued_is_the_run_uninterrupted(small, tmp_path, run):
     """Stopped anywhere and started again, a run ends in the same bits, and its log too."""
-    def run(out, steps, *argv):
-        assert call(train, "--out", tmp_path / out, "--steps", steps, "--log-every", 1,
-                    "--batch-size", 8, "--cooldown", 0, *argv)[0] == 0
-        return trained(tmp_path / out)
+    a, b, c = (tmp_path / name for name in "abc")
 
-    whole = run("a", 6)
-    run("b", 2)
-    with open(tmp_path / "b" / "log.jsonl", "a") as log:  # steps after the checkpoint, then a kill
+    def train_to(steps, out, *argv):
+        run(train, "--out", out, "--steps", steps, "--log-every", 1, "--batch-size", 8,
+            "--cooldown", 0, *argv)
+
+    train_to(6, a)
+    train_to(2, b)
+    with open(b / "log.jsonl", "a") as log:  # steps after the checkpoint, then a kill
         log.write('{"step": 3, "loss_u": 7}\n{"step": 4, "lo')
-    run("b", 3)
-    assert same(run("b", 6), whole)
-    losses = [[record["loss_u"] for record in records(tmp_path / out)] for out in "ab"]
+    train_to(3, b)
+    train_to(6, b)
+    assert_same_run(a, b)
+    losses = [[record["loss_u"] for record in records(out)] for out in (a, b)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
-    before = (tmp_path / "b" / "last.pt").stat()
-    run("b", 6)
-    assert (tmp_path / "b" / "last.pt").stat() == before
-    assert sorted(os.listdir(tmp_path / "a")) == ["last.pt", "log.jsonl", "step-000006.png"]
-    net, info = sample.load(tmp_path / "a" / "last.pt")
-    assert info["step"] == 6 and same(net.state_dict(), whole["ema"])
-    (tmp_path / "b" / "last.pt").rename(tmp_path / "start.pt")  # --init is read once
-    run("c", 1, "--init", tmp_path / "start.pt", "--lr", 1e-12, "--muon-lr", 0)
-    assert all((p - trained(tmp_path / "c")["net"][name]).abs().max() < 1e-6
-               for name, p in whole["ema"].items())
-    (tmp_path / "start.pt").unlink()
-    run("c", 2, "--init", tmp_path / "start.pt", "--lr", 1e-12, "--muon-lr", 0)
+    before = (b / "last.pt").stat()
+    train_to(6, b)
+    assert (b / "last.pt").stat() == before
+    assert sorted(os.listdir(a)) == ["last.pt", "log.jsonl", "step-000006.png"]
+    train_to(1, c, "--init", b / "last.pt", "--lr", 1e-12, "--muon-lr", 0)
+    assert (weights_of(c) - weights_of(b, "ema")).abs().max() < 1e-6
+    (b / "last.pt").unlink()  # --init is read once
+    train_to(2, c, "--init", b / "last.pt", "--lr", 1e-12, "--muon-lr", 0)
 
 
-def test_killed_or_interrupted_it_ends_in_the_same_weights(flowers, tmp_path, call):
+def test_killed_or_interrupted_it_ends_in_the_same_weights(flowers, tmp_path, run):
     """Ctrl-C saves and ends; kill -9 loses the steps since the last checkpoint and no more."""
     argv = ["--data", flowers, "--steps", "8", "--batch-size", "4", "--save-every", "1",
             "--log-every", "1", "--out"]
-    assert call(train, *argv, tmp_path / "whole")[0] == 0
+    run(train, *argv, tmp_path / "whole")
     out = tmp_path / "stopped"
     for wait, how, status in ((2, signal.SIGINT, 130), (4, signal.SIGKILL, -9)):  # wait: records
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *argv, out],
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *argv, out],
                                    stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         log = out / "log.jsonl"
         while process.poll() is None:
@@ -866,14 +834,12 @@ def test_killed_or_interrupted_it_ends_in_the_same_weights(flowers, tmp_path, ca
         process.send_signal(how)
         assert "Traceback" not in process.communicate()[1]
         assert process.returncode in (status, 0)
-    assert call(train, *argv, out)[0] == 0
-    assert same(trained(tmp_path / "whole"), trained(out))
+    run(train, *argv, out)
+    assert_same_run(tmp_path / "whole", out)
 
 
-def test_steps_without_a_finite_gradient_are_skipped_and_twenty_in_a_row_end_the_run(
-        small, tmp_path, call, monkeypatch):
-    """A NaN never reaches the weights, and a run that yields nothing else says so; a last step
-    without a gradient still leaves a checkpoint."""
+def test_steps_without_a_finite_gradient_are_skipped(small, tmp_path, run, monkeypatch):
+    """A NaN never reaches the weights, and twenty in a row end the run with the last checkpoint."""
     calls, loss = [], imf.imf_loss
 
     def broken(*args):
@@ -882,274 +848,37 @@ def test_steps_without_a_finite_gradient_are_skipped_and_twenty_in_a_row_end_the
         return value * (float("nan") if len(calls) in bad else 1), logs
 
     monkeypatch.setattr(imf, "imf_loss", broken)
-    argv = ["--out", tmp_path, "--batch-size", 4, "--save-every", 100, "--log-every", 1,
-            "--cooldown", 0, "--steps"]
+    argv = ["--out", tmp_path, "--batch-size", 4, "--log-every", 1, "--cooldown", 0, "--steps"]
     bad = [2, 3, 5]
-    assert call(train, *argv, 5)[0] == 0
-    assert [record["grad_norm"] is None for record in records(tmp_path)] == [
-        False, True, True, False, True]
-    good, bad = trained(tmp_path), range(1000)
-    assert good["step"] == 5 and weights_of(tmp_path).isfinite().all()
-    assert refused(call(train, *argv, 60), "20 steps")
-    assert len(calls) == 25 and same(trained(tmp_path), good)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(small, tmp_path, call, monkeypatch):
-    """A checkpoint appears whole or not at all."""
-    argv = ["--out", tmp_path, "--batch-size", 4, "--cooldown", 0, "--steps"]
-    call(train, *argv, 1)
+    run(train, *argv, 5)
+    norms = [record["grad_norm"] for record in records(tmp_path)]
+    assert [norm is None for norm in norms] == [False, True, True, False, True]
+    assert weights_of(tmp_path).isfinite().all()
     before = (tmp_path / "last.pt").read_bytes()
+    bad = range(1000)
+    run(train, *argv, 60, refused=["20 steps"])
+    assert len(calls) == 25 and (tmp_path / "last.pt").read_bytes() == before
 
-    def full(state, file):
+
+def test_a_full_disk_or_another_setting_keeps_the_last(small, tmp_path, run, monkeypatch):
+    """A checkpoint appears whole or not at all, and two trainings are never mixed by mistake."""
+    def full(saved, file, save=torch.save):
+        if saved["step"] == 1:
+            return save(saved, file)
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
+    argv = ["--out", tmp_path, "--batch-size", 4, "--save-every", 1, "--steps", 2]
     monkeypatch.setattr(torch, "save", full)
-    assert refused(call(train, *argv, 2), "cannot write", "last.pt", "No space left")
-    assert (tmp_path / "last.pt").read_bytes() == before
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-
-
-def test_another_setting_on_the_same_out_is_refused_by_name(small, tmp_path, call):
-    """Two trainings are never mixed by mistake."""
-    argv = ["--out", tmp_path, "--steps", 1, "--batch-size", 4]
-    assert call(train, *argv)[0] == 0
-    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    run(train, *argv, refused=["cannot write", "last.pt", "No space left"])
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "log.jsonl", "step-000002.png"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     for other in (["--lr", 1], ["--seed", 1], ["--tangent", "boundary"], ["--ema", 0.5],
                   ["--warmup", 7], ["--cooldown", 0], ["--model", "B/2"], ["--batch-size", 5],
-                  ["--steps", 2]):
-        assert refused(call(train, *argv, *other), other[0])
-    assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-
-
-@pytest.fixture
-def flowers(tmp_path):
-    """A folder of three classes, of all sizes and modes, with files that are no images."""
-    rng = np.random.default_rng(0)
-    kinds = {"aster": ["RGB", "L"], "iris": ["RGBA", "P", "1"], "rose": ["CMYK"]}
-    for name, modes in kinds.items():
-        folder = tmp_path / "flowers" / name
-        folder.mkdir(parents=True)
-        for i, mode in enumerate(modes):
-            pixels = rng.integers(256, size=(20 + 30 * i, 41, 3), dtype=np.uint8)
-            suffix = "jpg" if mode == "CMYK" else "png"
-            Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{suffix}")
-    for name in ("iris/notes.txt", "rose/.hidden.png"):
-        (tmp_path / "flowers" / name).write_text("not an image")
-    return tmp_path / "flowers"
-
-
-def test_a_folder_is_decoded_once_and_again_when_it_changes(flowers, tmp_path, monkeypatch):
-    """A cache is made once; chunks that are missing are made again, damaged ones named; and it is
-    enough to train from, without the images."""
-    monkeypatch.setattr(train, "CHUNK", 10)
-    for i in range(20):
-        shutil.copy(flowers / "aster" / "0.png", flowers / "aster" / f"copy-{i:02d}.png")
-
-    def load(size=16, **kwargs):
-        images, *rest = train.folder_data(flowers, size, tmp_path / "cache", **kwargs)
-        return torch.stack(list(images)), *rest
-
-    first, labels, source = load()
-    assert first.shape == (26, 3, 16, 16) and first.dtype == torch.uint8
-    assert labels.tolist() == [0] * 22 + [1, 1, 1, 2]
-    by_hand = train.centre_crop(Image.open(flowers / "rose" / "0.jpg").convert("RGB"), 16)
-    assert np.array_equal(first[25].permute(1, 2, 0), by_hand)
-
-    [folder] = (tmp_path / "cache").iterdir()
-    chunks = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    assert list(chunks) == ["000000000.pt", "000000010.pt", "000000020.pt"]
-    seen, decode = [], train.decode
-    monkeypatch.setattr(train, "decode", lambda path, size: seen.append(path) or decode(path, size))
-    assert torch.equal(load()[0], first) and load()[-1] == source and not seen
-    (folder / "000000010.pt").unlink()
-    assert torch.equal(load()[0], first) and len(seen) == 10
-    assert chunks == {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    os.truncate(folder / "000000020.pt", 1000)
-    with pytest.raises(ValueError, match="000000020.pt"):
-        load()
-    (folder / "000000020.pt").write_bytes(chunks["000000020.pt"])
-    moved, *rest = train.cached_data(shutil.move(folder, tmp_path / source))
-    assert torch.equal(torch.stack(list(moved)), first) and rest[1] == source
-    (tmp_path / source / "000000010.pt").unlink()
-    with pytest.raises(ValueError, match="incomplete"):
-        train.cached_data(tmp_path / source)
-    shutil.copy(flowers / "aster" / "0.png", flowers / "iris" / "one-more.png")
-    changed, _, other = load()
-    assert len(changed) == 27 and other != source
-
-
-def test_the_centre_crop_is_that_of_adm(tmp_path):
-    """Halved with BOX, then BICUBIC, then cropped; pictures of more than 8 bits are refused."""
-    image = Image.fromarray(np.arange(100 * 40 * 3, dtype=np.uint32).view(np.uint8)[:12000]
-                            .reshape(40, 100, 3))
-    by_hand = image.resize((50, 20), Image.BOX).resize((40, 16), Image.BICUBIC)
-    by_hand = by_hand.crop((12, 0, 28, 16))
-    assert np.array_equal(np.asarray(train.centre_crop(image, 16)), np.asarray(by_hand))
-    Image.fromarray(np.full((9, 9), 0x8000, np.uint16)).save(tmp_path / "a.png")
-    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "b.tif")
-    Image.fromarray(np.full((9, 9), 0x80, np.uint8)).save(tmp_path / "c.png")
-    assert (train.decode(tmp_path / "c.png", 4) == 0x80).all()
-    for name in ("a.png", "b.tif"):
-        with pytest.raises(ValueError, match=name):
-            train.decode(tmp_path / name, 4)
-
-
-def test_an_npz_of_images_and_labels_is_training_data(small, tmp_path, call, monkeypatch):
-    """What sample.py writes, grey or in colour, can be trained on, at the size that it has."""
-    monkeypatch.setenv("IMF_HOSTILE", str(tmp_path / "owned"))
-    images = np.random.default_rng(0).integers(256, size=(12, 8, 8, 3), dtype=np.uint8)
-    labels = np.arange(12, dtype=np.uint8) % 3
-    np.savez(tmp_path / "grey.npz", arr_0=images[..., 0], arr_1=labels)
-    np.savez(tmp_path / "colour.npz", arr_0=images, arr_1=labels)
-    found, same_labels, _ = train.npz_data(tmp_path / "colour.npz")
-    assert torch.equal(found, torch.from_numpy(images).permute(0, 3, 1, 2))
-    assert np.array_equal(same_labels, labels)
-    assert call(train, "--data", tmp_path / "grey.npz", "--steps", 1, "--batch-size", 4, "--out",
-                tmp_path / "out")[0] == 0
-    net, info = sample.load(tmp_path / "out" / "last.pt")
-    assert (net.image_size, net.channels, net.num_classes, net.predict) == (8, 1, 3, "x")
-    bad = {"no-labels": (images,), "negative": (images, labels.astype(int) - 1),
-           "float": (images, labels / 2), "few": (images, labels[:5]), "huge": (images, labels + 99),
-           "type": (images / 255, labels), "pickled": (images, np.array([Hostile()] * 12, object)),
-           "shape": (images[:, :, 0, 0], labels), "oblong": (images[:, :6], labels),
-           "patch": (images[:, :7, :7], labels), "empty": (images[:0], labels[:0])}
-    for name, arrays in bad.items():
-        np.savez(tmp_path / f"{name}.npz", *arrays)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "grey.npz").read_bytes()[:300])
-    for name in (*bad, "cut", "missing"):
-        assert refused(call(train, "--data", tmp_path / f"{name}.npz", "--steps", 1, "--out",
-                            tmp_path / "new"), name if name != "patch" else "multiple of 2")
-    assert not (tmp_path / "new").exists() and not (tmp_path / "owned").exists()
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    """A VAE like the paper's, with 25,000 random parameters."""
-    import diffusers
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4)
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder)
-
-
-def test_latents_are_sampled_from_the_posterior_and_normalised_per_channel(
-        vae_folder, flowers, tmp_path, monkeypatch):
-    """Stored are mean and standard deviation; a batch draws from them; decoding undoes it all."""
-    vae = sample.load_vae(vae_folder)
-    coded, labels, source = train.folder_data(flowers, 32, tmp_path / "cache", vae)
-    pixels, same_labels, other = train.folder_data(flowers, 32, tmp_path / "pixels")
-    latents = torch.stack(list(coded))
-    assert latents.shape == (6, 8, 4, 4) and latents.dtype == torch.float16
-    assert np.array_equal(labels, same_labels) and source != other
-    with torch.no_grad():
-        posterior = vae.encode(torch.stack(list(pixels)) / 127.5 - 1).latent_dist
-    torch.testing.assert_close(latents, torch.cat((posterior.mean, posterior.std), 1).half())
-
-    args = types.SimpleNamespace(batch_size=6000, seed=1, t_mean=-0.4, t_std=1.0)
-    x, y, _ = train.batch(coded, labels, args, 0)
-    first = x[y == 2]  # one image, a thousand times
-    mean, std = latents[5].float().chunk(2)
-    z = first * sample.LATENT_STD + sample.LATENT_MEAN
-    assert len(first) == 1000 and (z.mean(0) - mean).abs().max() < 0.15 * std.max()
-    assert (z.std(0) / std - 1).abs().max() < 0.15
-    assert sample.LATENT_MEAN.flatten().tolist() == pytest.approx(
-        [0.86488, -0.27787343, 0.21616915, 0.3738409])
-    assert sample.LATENT_STD.flatten().tolist() == pytest.approx(
-        [4.85503674, 5.31922414, 3.93725398, 3.9870003])
-
-    monkeypatch.setattr(imf, "sample", lambda *_, **__: first[:8])
-    [decoded] = sample.generate(network(4, 4), range(8), [0], vae=vae)
-    with torch.no_grad():
-        expected = (vae.decode(z[:8]).sample * 127.5 + 127.5).round().clamp(0, 255)
-    assert np.abs(decoded.astype(float) - expected.numpy()).max() <= 1
-
-
-def test_from_images_to_latents_to_a_network_to_images(
-        small, vae_folder, flowers, tmp_path, call):
-    """The whole way, from a folder of images to sampled images, through one VAE."""
-    out = tmp_path / "out"
-    assert call(train, "--data", flowers, "--image-size", 32, "--vae", vae_folder, "--steps", 2,
-                "--batch-size", 4, "--out", out)[0] == 0
-    net, info = sample.load(out / "last.pt")
-    assert (net.image_size, net.channels, net.num_classes) == (4, 4, 3)
-    assert info["vae"] == vae_folder and Image.open(out / "step-000002.png").width == 10 * 68
-    assert call(sample, out / "last.pt", "--num", 5, "--out", tmp_path / "a.npz")[0] == 0
-    images = np.load(tmp_path / "a.npz")["arr_0"]
-    assert images.shape == (5, 32, 32, 3) and images.std() > 0
-    for name in (str(flowers), str(tmp_path / "nowhere")):
-        assert refused(call(sample, out / "last.pt", "--vae", name), "--vae", name)
-    import diffusers
-    diffusers.AutoencoderKL(latent_channels=16, norm_num_groups=4, block_out_channels=(8,)
-                            ).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="4 channels of latents at 1/8"):
-        sample.load_vae(str(tmp_path / "other"))
-
-
-@pytest.mark.parametrize("depth, steps, expected", [
-    (12, 1, (8, 0.4, 0.65)), (24, 1, (10.5, 0.4, 0.6)), (32, 2, (10.5, 0.4, 0.6)),
-    (48, 1, (8, 0.42, 0.62)), (48, 2, (4, 0.36, 0.64)), (5, 1, (2, 0, 1))])
-def test_released_weights_are_known_by_their_names_and_guided_as_recommended(
-        depth, steps, expected, tmp_path, monkeypatch):
-    """Who samples the authors' weights need not know their scale, interval or VAE."""
-    net = network(image_size=32, channels=4, depth=depth)
-    torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
-    monkeypatch.setattr(sample, "load_vae", lambda name, device: name)
-    args = types.SimpleNamespace(steps=steps, vae=None, omega=None, interval=None)
-    same_net, vae, [setting] = sample.prepare(tmp_path / "iMF.pth", args, "cpu")
-    assert vae == sample.VAE == "stabilityai/sd-vae-ft-mse" and same_net.image_size == 32
-    assert setting == dict(zip(("steps", "omega", "t_min", "t_max"), (steps, *expected)))
-
-
-def test_training_begins_with_released_weights_whose_v_head_is_a_copy_of_the_u_head(
-        small, vae_folder, flowers, tmp_path, call):
-    """--init: where r = t the two heads should agree, so the v-head that the files lack is u's."""
-    net = network(image_size=32, channels=4, num_classes=3)
-    torch.save(released(net, v_head=False), tmp_path / "iMF.pth")
-    assert call(train, "--init", tmp_path / "iMF.pth", "--data", flowers, "--image-size", 256,
-                "--vae", vae_folder, "--steps", 1, "--batch-size", 2, "--lr", 1e-12, "--muon-lr", 0, "--out",
-                tmp_path / "out")[0] == 0
-    fresh = model.from_state(trained(tmp_path / "out")["net"])
-    x, y, d = data(net)
-    u, v = fresh(x, *conditions(y, d))
-    torch.testing.assert_close(u, net.u(x, *conditions(y, d)))
-    torch.testing.assert_close(u, v)
-    assert refused(call(train, "--init", tmp_path / "iMF.pth", "--steps", 1, "--out",
-                        tmp_path / "other"), "--init")  # digits
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--model", "XXL"], "XXL"), (["--tangent", "up"], "up"), (["--steps", "0"], "--steps"),
-    (["--batch-size", "-3"], "--batch-size"), (["--lr", "nan"], "--lr"), (["--lr", "0"], "--lr"),
-    (["--ema", "1.5"], "--ema"), (["--seed", "-1"], "--seed"), (["--warmup", "-1"], "--warmup"),
-    (["--batch-size", "8", "--accum", "3"], "--accum"), (["--out", "file"], "file"),
-    (["--out", "file/below"], "file"), (["--data", "nowhere"], "nowhere"),
-    (["--data", "file"], "file"), (["--data", "empty"], "empty"), (["--data", "flat"], "flat"),
-    (["--data", "hollow"], "hollow"), (["--data", "texts"], "texts"), (["--data", "half"], "b.png"),
-    (["--data", "fine", "--image-size", "15"], "15"), (["--device", "abacus"], "abacus"),
-    (["--data", "fine", "--cache", "file"], "file"), (["--out", "broken"], "broken"),
-    (["--vae", "some"], "--vae"), (["--image-size", "0"], "--image-size"),
-    (["--image-size", "64"], "--data"), (["--init", "nowhere"], "nowhere")])
-def test_train_refuses_bad_input_in_one_line_and_changes_nothing(
-        argv, named, tmp_path, call, monkeypatch):
-    """What the user got wrong is named, with status 2, before anything is written."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "digits", lambda n, digits=train.digits: digits(100))
-    for folder in ("empty", "flat", "hollow/rose", "texts/rose", "fine/rose", "half/rose",
-                   "broken"):
-        os.makedirs(folder)
-    for name in ("file", "texts/rose/a.txt", "half/rose/b.png", "broken/last.pt"):
-        with open(name, "w") as file:
-            file.write("text")
-    for name in ("flat", "fine/rose", "half/rose"):
-        Image.new("RGB", (40, 40)).save(f"{name}/a.png")
-    before = sorted(os.walk("."))
-    assert refused(call(train, "--steps", 1, *argv), "train.py: ", named)
-    shutil.rmtree("half-32px", ignore_errors=True)  # what was decoded stays
-    assert sorted(os.walk(".")) == before
+                  ["--steps", 1]):
+        run(train, *argv, *other, refused=other[:1])
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 # ---- Several processes ----
@@ -1159,39 +888,32 @@ def torchrun(n, script, *argv):
     """Runs a script in n processes on the CPU: (exit status, standard output, standard error)."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
-         "--", os.path.join(HERE, script), *map(str, argv)], text=True, capture_output=True,
+         "--", HERE / script, *map(str, argv)], text=True, capture_output=True,
         env=ONE_THREAD)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_any_number_of_processes_and_parts_trains_the_same_model_and_samples_the_same_images(
-        flowers, tmp_path, call, monkeypatch):
-    """One process, torchrun with one and with two, and two parts per batch: up to rounding the
-    same weights, to the byte the same cache and images."""
-    monkeypatch.setattr(train, "CHUNK", 4096)
+def test_any_number_of_processes_and_parts_gives_the_same(flowers, tmp_path, run):
+    """Up to rounding the weights, to the byte cache and images: machines need not be alike."""
     argv = ["--data", flowers, "--image-size", 16, "--steps", 5, "--batch-size", 8, "--out"]
     for n in (1, 2):
         cache = tmp_path / f"cache{n}"
         assert torchrun(n, "train.py", *argv, tmp_path / f"run{n}", "--cache", cache)[0] == 0
-    assert call(train, *argv, tmp_path / "plain", "--cache", tmp_path / "cache1")[0] == 0
-    assert call(train, *argv, tmp_path / "parts", "--accum", 2)[0] == 0
+    run(train, *argv, tmp_path / "plain", "--cache", tmp_path / "cache1")
+    run(train, *argv, tmp_path / "parts", "--accum", 2)
     one = weights_of(tmp_path / "plain")
     for name in ("run1", "run2", "parts"):
         assert (weights_of(tmp_path / name) - one).norm() < 1e-6 * one.norm()
-    caches = [{path.name: path.read_bytes() for path in (tmp_path / f"cache{n}").glob("*/*")}
-              for n in (1, 2)]
-    assert caches[0] == caches[1] and list(caches[0]) == ["000000000.pt"]
+    [first], [second] = (list((tmp_path / f"cache{n}").glob("*/*")) for n in (1, 2))
+    assert first.name == second.name == "000000000.pt"
+    assert first.read_bytes() == second.read_bytes()
 
-    path = tmp_path / "plain" / "last.pt"
-    assert torchrun(2, "sample.py", path, "--num", 9, "--out", tmp_path / "two.npz")[0] == 0
-    assert call(sample, path, "--num", 9, "--out", tmp_path / "one.npz")[0] == 0
+    argv = [tmp_path / "plain/last.pt", "--num", 9, "--out"]
+    assert torchrun(2, "sample.py", *argv, tmp_path / "two.npz")[0] == 0
+    run(sample, *argv, tmp_path / "one.npz")
     assert np.array_equal(*(np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("one", "two")))
-
-
-def test_a_user_error_under_torchrun_ends_all_processes_with_its_message(tmp_path):
-    """One process that fails takes the others with it, and says why."""
     status, _, err = torchrun(2, "train.py", "--data", tmp_path / "nowhere", "--out", tmp_path)
-    assert status != 0 and "nowhere" in err
+    assert status != 0 and "nowhere" in err  # a process that fails ends the others, and says why
 
 
 # ---- The scores ----
@@ -1200,57 +922,38 @@ def test_a_user_error_under_torchrun_ends_all_processes_with_its_message(tmp_pat
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Random weights under the names of the published file, lively enough to tell images apart."""
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "none.pth")
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid.Inception, "load_state_dict", lambda self, state: None)
-        shapes = {name: tuple(value.shape) for name, value in
-                  fid.Inception(folder / "none.pth").state_dict().items() if value.ndim}
-    names = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
-    assert names[:16] == "61093f3898ff55ee"  # of the names and shapes in the published file
-    state, normal = {}, np.random.default_rng(0).standard_normal
-    for name, shape in shapes.items():
-        value = normal(shape, np.float32) if name[:3] != "fc." else None
+        state = fid.Inception(path).state_dict()
+    state = {name: value for name, value in state.items() if value.ndim}
+    shapes = repr(sorted((name, tuple(value.shape)) for name, value in state.items())).encode()
+    # of the names and shapes in the published file
+    assert hashlib.sha256(shapes).hexdigest()[:16] == "61093f3898ff55ee"
+    normal = np.random.default_rng(0).standard_normal
+    state.pop("fc.bias")
+    for name, value in state.items():
+        value.copy_(torch.from_numpy(normal(value.shape, np.float32)))
         if name.endswith("conv.weight"):
-            state[name] = value * (2 / value[0].size) ** 0.5
-        elif name[:3] != "fc.":
-            state[name] = value * 0.1 + name.endswith(("bn.weight", "var"))
-    state["fc.weight"] = normal((1008, 2048), np.float32) * 0.2
-    state["fc.bias"] = np.ones(1008, np.float32)  # which no score uses
-    torch.save({name: torch.from_numpy(value) for name, value in state.items()}, folder / "w.pth")
-    return str(folder / "w.pth")
+            value *= (2 / value[0].numel()) ** 0.5
+        else:
+            value *= 0.2 if name == "fc.weight" else 0.1
+            value += name.endswith(("bn.weight", "var"))
+    torch.save(state | {"fc.bias": torch.ones(1008)}, path)  # a bias that no score uses
+    return path
 
 
-@pytest.fixture(scope="module")
-def inception(weights):
-    return fid.Inception(weights)
-
-
-class Thumbnail(torch.nn.Module):
-    """Quick in the place of the Inception: an image's features are its pixels, 32 x 64 of them."""
-
-    def forward(self, images):
-        x = fid.resize(torch.as_tensor(images))
-        x = torch.nn.functional.adaptive_avg_pool2d(x, (32, 64)).mean(1).flatten(1) / 50
-        return x, x[:, :1008]
-
-
-def pictures(n, size, seed=0):
-    """Smooth random images, uint8 (n, size, size, 3)."""
-    small = np.random.default_rng(seed).integers(256, size=(n, 4, 4, 3), dtype=np.uint8)
-    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), 2)) for i in small])
-
-
-@pytest.mark.parametrize("size, features, logits", [
-    (32, [0.365731, 0.039498, 1.231857, 0.474546], [0.4017, -14.0730, 5.1209, -1.4260]),
-    (256, [0.377276, 0.038352, 1.2402, 0.458161], [0.3454, -14.0328, 5.1145, -1.5483]),
-    (299, [0.378247, 0.03827, 1.240301, 0.458069], [0.3433, -14.0373, 5.1098, -1.5549])])
-def test_the_inception_is_that_of_torch_fidelity(size, features, logits, inception):
+def test_the_inception_is_that_of_torch_fidelity(weights):
     """Four of each, as torch-fidelity 0.4.0 computes them with these weights and images."""
-    found, found_logits = inception(torch.from_numpy(pictures(2, size)).permute(0, 3, 1, 2))
-    assert found.shape == (2, 2048) and found_logits.shape == (2, 1008)
-    assert found[1, [0, 700, 1400, 2047]].tolist() == pytest.approx(features, abs=5e-6)
-    assert found_logits[1, [0, 300, 600, 1007]].tolist() == pytest.approx(logits, abs=1e-4)
+    for size, features, logits in (
+            (32, [0.365731, 0.039498, 1.231857, 0.474546], [0.4017, -14.0730, 5.1209, -1.4260]),
+            (256, [0.377276, 0.038352, 1.2402, 0.458161], [0.3454, -14.0328, 5.1145, -1.5483]),
+            (299, [0.378247, 0.03827, 1.240301, 0.458069], [0.3433, -14.0373, 5.1098, -1.5549])):
+        found = fid.Inception(weights)(pictures(2, size).transpose(0, 3, 1, 2))
+        assert found[0].shape == (2, 2048) and found[1].shape == (2, 1008)
+        assert found[0][1, [0, 700, 1400, 2047]].tolist() == pytest.approx(features, abs=5e-6)
+        assert found[1][1, [0, 300, 600, 1007]].tolist() == pytest.approx(logits, abs=1e-4)
 
 
 def gaussian(rng, n, dim=48, scale=1.0):
@@ -1303,120 +1006,205 @@ def test_precision_and_recall_are_their_definition():
     assert fid.precision_recall(0 * line - 3, line)[0] == 1
 
 
-def figures(text):
+def scores(text):
     """The numbers of each line, by name."""
     lines = [line.split() for line in text.splitlines()]
     return [dict(zip(line[::2], map(float, line[1::2]))) for line in lines]
 
 
-def test_a_folder_an_npz_statistics_and_two_processes_give_the_same_figure(
-        weights, inception, tmp_path, call, monkeypatch):
+def test_folder_npz_statistics_and_processes_score_the_same(weights, tmp_path, run, monkeypatch):
     """However the images come, the scores are those of the set."""
-    a, b = tmp_path / "a", tmp_path / "b.npz"
-    (a / "deep/er").mkdir(parents=True)
+    inception = fid.Inception(weights)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("a/deep/er")
     for i, image in enumerate(pictures(6, 24)):
-        Image.fromarray(image).save(a / ("deep/er" if i < 3 else "") / f"{i}.png")
-    np.savez_compressed(tmp_path / "a.npz", arr_0=pictures(6, 24))
-    np.savez(b, arr_0=pictures(5, 20, seed=1), arr_1=np.arange(5))
+        Image.fromarray(image).save(f"a/deep/er/{i}.png" if i < 3 else f"a/{i}.png")
+    other = pictures(5, 20, seed=1)
+    np.savez_compressed("a.npz", arr_0=pictures(6, 24))
+    np.savez("b.npz", arr_0=other, arr_1=np.arange(5))
+    mu, sigma = fid.moments(inception(other.transpose(0, 3, 1, 2))[0])
+    np.savez("ref.npz", ref_mu=mu, ref_sigma=sigma)  # the authors' names
     monkeypatch.setattr(fid, "Inception", lambda path: inception)
 
-    def ask(*argv):
-        status, out, err = call(fid, *argv)
-        assert status == 0, err
-        return figures(out)[0], err
-
-    folder, err = ask(a, b, "--save", tmp_path / "saved.npz")
-    assert list(folder) == ["fid", "is", "is_std", "precision", "recall"] and "papers" in err
-    assert ask(tmp_path / "a.npz", b)[0] == pytest.approx(folder, rel=1e-6)
-    status, out, _ = torchrun(2, "fid.py", a, b, "--inception", weights)
-    assert figures(out) == [pytest.approx(folder, rel=1e-6)]
-    mu, sigma = fid.moments(inception(pictures(5, 20, seed=1).transpose(0, 3, 1, 2))[0])
-    np.savez(tmp_path / "ref.npz", ref_mu=mu, ref_sigma=sigma)  # the authors' names
+    [folder] = scores(run(fid, "a", "b.npz", "--save", "saved.npz"))
+    assert list(folder) == ["fid", "is", "is_std", "precision", "recall"]
+    same = pytest.approx(folder, rel=1e-6)
+    assert scores(run(fid, "a.npz", "b.npz")) == [same]
+    assert scores(torchrun(2, "fid.py", "a", "b.npz", "--inception", weights)[1]) == [same]
     monkeypatch.setattr(fid, "Inception", None)  # two statistics need no network
-    known, _ = ask(tmp_path / "saved.npz", tmp_path / "ref.npz")
+    [known] = scores(run(fid, "saved.npz", "ref.npz"))
     assert known == {"fid": pytest.approx(folder["fid"], rel=1e-6)}
 
 
-def test_a_checkpoint_is_scored_as_it_is_sampled_and_in_training(
-        small, tmp_path, call, monkeypatch):
-    """A line for each scale, from the images that sample.py would write; --fid-ref logs the same.
-    """
-    net, real = network(channels=1), pictures(9, 20)
-    np.savez(tmp_path / "b.npz", arr_0=real)
-    mu, sigma = fid.moments(Thumbnail()(real.transpose(0, 3, 1, 2))[0])
-    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+class Thumbnail(torch.nn.Module):
+    """Quick in the place of the Inception: an image's features are its pixels, 32 x 64 of them."""
+
+    def forward(self, images):
+        x = fid.resize(torch.as_tensor(images))
+        x = torch.nn.functional.adaptive_avg_pool2d(x, (32, 64)).mean(1).flatten(1) / 50
+        return x, x[:, :1008]
+
+
+def test_a_checkpoint_is_scored_as_it_is_sampled(small, tmp_path, run, monkeypatch):
+    """A line for each scale, of the images that sample.py would write; training logs the same."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "Inception", lambda path: Thumbnail())
+    mu, sigma = fid.moments(Thumbnail()(pictures(9, 20).transpose(0, 3, 1, 2))[0])
+    np.savez("b.npz", arr_0=pictures(9, 20))
+    np.savez("ref.npz", mu=mu, sigma=sigma)
 
-    def expected(net, n, classes, seed, omega):
-        images = np.concatenate(list(sample.generate(net, range(n), classes, seed, omega=omega)))
-        return pytest.approx(fid.frechet_distance(*fid.moments(Thumbnail()(images)[0]), mu, sigma),
-                             rel=1e-5)
+    def expected(path, n, seed, omega):
+        net, _ = sample.load(path)
+        images = sample.generate(net, range(n), range(net.num_classes), seed, omega=omega)
+        found = fid.moments(Thumbnail()(np.concatenate(list(images)))[0])
+        return pytest.approx(fid.frechet_distance(*found, mu, sigma), rel=1e-5)
 
-    path = checkpoint(tmp_path / "last.pt", net)
-    out = call(fid, path, tmp_path / "b.npz", "--num", 35, "--seed", 2, "--omega", 1, 3)[1]
-    assert [row["omega"] for row in figures(out)] == [1, 3]
-    assert figures(out)[1]["fid"] == expected(net.eval(), 35, range(5), 2, 3.0)
+    checkpoint("last.pt", network(channels=1))
+    one, three = scores(run(fid, "last.pt", "b.npz", "--num", 35, "--seed", 2, "--omega", 1, 3))
+    assert (one["omega"], three["omega"]) == (1, 3)
+    assert three["fid"] == expected("last.pt", 35, 2, 3.0)
 
-    argv = ["--steps", 4, "--batch-size", 4, "--log-every", 3, "--out", tmp_path / "out",
-            "--fid-every", 2, "--fid-num", 20, "--fid-ref"]
-    assert call(train, *argv, tmp_path / "ref.npz")[0] == 0
+    argv = ["--steps", 4, "--batch-size", 4, "--log-every", 3, "--out", "out", "--fid-every", 2,
+            "--fid-num", 20, "--fid-ref"]
+    run(train, *argv, "ref.npz")
     assert ["fid" in record for record in records(tmp_path / "out")] == [True, False, True]
-    trained_net, _ = sample.load(tmp_path / "out" / "last.pt")
-    assert records(tmp_path / "out")[-1]["fid"] == expected(trained_net, 20, range(10), 0, 2.0)
-    assert refused(call(train, *argv, tmp_path / "b.npz"), "b.npz", "no mu, sigma")
+    assert records(tmp_path / "out")[-1]["fid"] == expected("out/last.pt", 20, 0, 2.0)
+    run(train, *argv, "b.npz", refused=["b.npz", "no mu, sigma"])
 
 
-def bad_scores(path, weights):
-    """Arguments of fid.py and what its one line must name, all below the folder `path`."""
-    mu, sigma, images = np.zeros(2048), np.eye(2048), pictures(3, 16)
-    for name in ("damaged", "single"):
-        (path / name).mkdir()
-        Image.fromarray(images[0]).save(path / name / "0.png")
-    (path / "empty/below").mkdir(parents=True)
-    (path / "damaged/1.png").write_bytes((path / "damaged/0.png").read_bytes()[:150])
-    for name in ("text.npz", "text.pt"):
-        (path / name).write_text("text")
-    arrays = {
-        "good": dict(arr_0=images), "keys": dict(x=images), "float": dict(arr_0=images / 255),
-        "flat": dict(arr_0=images[0, 0]), "two": dict(arr_0=images[..., :2]), "half": dict(mu=mu),
-        "one": dict(arr_0=images[:1]), "none": dict(arr_0=images[:0]),
-        "pickled": dict(arr_0=np.array([Hostile()], object)),
-        "objects": dict(mu=np.array([Hostile()], object), sigma=sigma),
-        "nan": dict(mu=mu, sigma=sigma * np.nan), "text": dict(mu=mu.astype(str), sigma=sigma),
-        "small": dict(mu=mu[:64], sigma=sigma[:64, :64])}
-    for name, content in arrays.items():
-        np.savez_compressed(path / f"{name}_.npz", **content)
-    whole = (path / "good_.npz").read_bytes()
-    (path / "cut.npz").write_bytes(whole[:len(whole) // 2])
+# ---- What is refused ----
+
+
+class Hostile:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def write(path, content):
+    """A file of raw bytes, or of what its suffix says: an image, arrays, a state."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".png":
+        Image.fromarray(content).save(path)
+    elif path.suffix == ".npz":
+        np.savez(path, *content) if isinstance(content, tuple) else np.savez(path, **content)
+    else:
+        torch.save(content, path)
+
+
+def refused_by_sample():
+    """Yields arguments and what the refusal must name; the files are written to this folder."""
+    net = network(channels=1)
+    whole = checkpoint(Path("last.pt"), net).read_bytes()
+    files = {
+        "cut": whole[:len(whole) // 2], "zero": b"", "text": b"not a checkpoint",
+        "pickle": pickle.dumps({"ema": Hostile()}), "list": [1, 2],
+        "hostile": {"ema": Hostile(), "settings": {}, "step": 1},
+        "other": {"weights": torch.ones(3)}, "net": {f"net.{i}": torch.ones(2) for i in "12"},
+        "ema": {"ema": {"a": 1}, "settings": {"image_size": 8}, "step": 1}}
+    for name, content in files.items():
+        write(f"{name}.pt", content)
+    for size in (9, 10**9, -4, "x"):
+        checkpoint(f"{size}.pt", net, image_size=size)
+    torch.nn.init.constant_(net.class_tokens, float("nan"))
+    checkpoint("nan.pt", net)
+    os.mkdir("folder.png")
+    for name in (*files, 9, 10**9, -4, "x", "nan", "missing"):
+        yield [f"{name}.pt"], f"{name}.pt"
+    yield ["folder.png"], "folder.png"
+    yield ["last.pt", "--out", "last.pt/x.png"], "last.pt"
+    for argv in ("--classes 5", "--classes -1", "--omega 0", "--omega -2", "--omega nan",
+                 "--omega inf", "--interval 0.6 0.4", "--interval 0 1.5", "--steps 0", "--num 0",
+                 "--num x", "--vae some", "--device abacus", "--sead 1", "--out .",
+                 "--out folder.png"):
+        yield ["last.pt", *argv.split()], argv.split()[0]
+
+
+HOSTILE = np.array([Hostile()] * 12, object)
+NO_IMAGES = {"float": PICTURES / 255, "line": PICTURES[0, 0], "two": PICTURES[..., :2],
+             "none": PICTURES[:0], "unsafe": HOSTILE}
+NO_LABELS = {"negative": LABELS - 1, "halves": LABELS / 2, "few": LABELS[:5], "huge": LABELS + 99,
+             "objects": HOSTILE}
+
+
+def refused_by_train():
+    for name, images in NO_IMAGES.items():
+        write(f"{name}.npz", (images, LABELS[:len(images)]))
+    for name, labels in NO_LABELS.items():
+        write(f"{name}.npz", (PICTURES, labels))
+    write("good.npz", (PICTURES, LABELS))
+    write("oblong.npz", (PICTURES[:, :6], LABELS))
+    write("odd.npz", (PICTURES[:, :7, :7], LABELS))
+    write("alone.npz", (PICTURES,))
+    write("cut.npz", Path("good.npz").read_bytes()[:300])
+    for name in (*NO_IMAGES, *NO_LABELS, "oblong", "alone", "cut", "missing"):
+        yield ["--data", f"{name}.npz"], f"{name}.npz"
+    for name in ("flat/a.png", "fine/rose/a.png", "half/rose/a.png"):
+        write(name, PICTURES[0])
+    for name in ("file", "texts/rose/a.txt", "lies/rose/b.png", "broken/last.pt"):
+        write(name, b"text")
+    write("half/rose/b.png", Path("fine/rose/a.png").read_bytes()[:150])
+    os.makedirs("hollow/rose")
+    os.mkdir("empty")
+    for argv in ("--steps 0", "--lr nan", "--lr 0", "--batch-size -3", "--batch-size 8 --accum 3",
+                 "--ema 1.5", "--seed -1", "--warmup -1", "--vae some", "--image-size 0"):
+        yield argv.split(), argv.split()[-2]
+    for argv in ("--model XXL", "--tangent up", "--device abacus", "--init nowhere", "--out file",
+                 "--out file/below", "--out broken", "--data nowhere", "--data file",
+                 "--data empty", "--data hollow", "--data flat", "--data texts",
+                 "--data fine --image-size 15", "--data fine --cache file"):
+        yield argv.split(), argv.split()[-1]
+    yield ["--data", "half"], "half/rose/b.png"
+    yield ["--data", "lies"], "lies/rose/b.png"
+    yield ["--data", "odd.npz"], "multiple of 2"
+    yield ["--image-size", "64"], "--data"
+
+
+def refused_by_fid(weights):
+    mu, sigma = np.zeros(2048), np.eye(2048)
+    files = {
+        "keys": dict(x=mu), "one": dict(arr_0=PICTURES[:1]), "half": dict(mu=mu),
+        "pickled": dict(mu=HOSTILE, sigma=sigma), "nan": dict(mu=mu, sigma=sigma * np.nan),
+        "text": dict(mu=mu.astype(str), sigma=sigma), "small": dict(mu=mu[:9], sigma=sigma[:9, :9]),
+        "file": b"text"}
+    for name, content in files.items():
+        write(f"{name}.npz", content)
+    sets = [f"{name}.npz" for name in (*files, *NO_IMAGES, "cut", "missing")]
+    for name in ("missing", "hollow", "flat", "half/rose/b.png", "text.pt", *sets):
+        yield [name.split("/")[0], "good.npz"], name
+        yield ["good.npz", name.split("/")[0]], name
     state = torch.load(weights)
-    for name, content in (("other", {"fc.weight": torch.ones(2)}), ("list", [1]),
-                          ("hostile", {"fc.weight": Hostile()})):
-        torch.save(content, path / f"{name}.pth")
-        yield ["good_.npz", "--inception", f"{name}.pth"], f"{name}.pth"
-    torch.save(state | {"fc.weight": state["fc.weight"] * np.nan}, path / "nan.pth")
-    yield ["good_.npz", "--inception", "nan.pth"], "not finite"
-    for name in ("missing", "empty", "single", "text.pt", "text.npz", "missing.npz", "cut.npz",
-                 *(f"{name}_.npz" for name in arrays if name != "good"), "damaged/1.png"):
-        yield [name.split("/")[0], "good_.npz"], name
-        yield ["good_.npz", name.split("/")[0]], name
-    for argv in (["--omega", "0"], ["--num", "1"], ["--steps", "0"], ["--device", "abacus"]):
-        yield ["good_.npz", *argv], argv[0]
-    yield ["good_.npz", "--save", "text.pt/x.npz"], "text.pt"
-    yield ["good_.npz", "--inception", ""], "--inception FILE"  # nor a network
+    for name, content, named in (
+            ("other.pth", {"fc.weight": torch.ones(2)}, "other.pth"), ("list.pth", [1], "list.pth"),
+            ("hostile.pth", {"fc.weight": Hostile()}, "hostile.pth"),
+            ("nan.pth", state | {"fc.weight": state["fc.weight"] * np.nan}, "not finite")):
+        write(name, content)
+        yield ["good.npz", "--inception", name], named
+    for argv in ("--omega 0", "--num 1", "--steps 0", "--device abacus"):
+        yield ["good.npz", *argv.split()], argv.split()[0]
+    yield ["good.npz", "--save", "text.pt/x.npz"], "text.pt"
+    yield ["good.npz", "--inception", ""], "--inception FILE"  # nor a network
 
 
-def test_bad_input_to_the_scores_is_refused_in_one_line(weights, tmp_path, call, monkeypatch):
-    """A set of images, statistics or weights that is none is named, and runs no code."""
+def test_bad_input_is_refused_in_one_line(small, weights, run, tmp_path, monkeypatch):
+    """What is wrong is named, with status 2; nothing is written and no code in a file is run."""
     def unreachable(*_, **__):
         raise OSError("no route to host")
 
     load = fid.Inception
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     monkeypatch.setattr(fid, "Inception", lambda path: Thumbnail() if path is None else load(path))
-    monkeypatch.setenv("IMF_HOSTILE", str(tmp_path / "owned"))
     monkeypatch.chdir(tmp_path)
-    cases = list(bad_scores(tmp_path, weights))
-    before = sorted(os.listdir())
-    for argv, named in cases:
-        assert refused(call(fid, *argv), "fid.py: ", named), argv
-        assert sorted(os.listdir()) == before, argv
+    cases = [(sample, *case) for case in refused_by_sample()]
+    cases += [(train, *case) for case in refused_by_train()]
+    cases += [(fid, *case) for case in refused_by_fid(weights)]
+    before = sorted(tmp_path.rglob("*"))
+    for program, argv, named in cases:
+        run(program, *argv, refused=[named])
+        for decoded in tmp_path.glob("*-32px"):  # what was decoded stays
+            shutil.rmtree(decoded)
+        assert sorted(tmp_path.rglob("*")) == before, argv
