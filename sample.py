@@ -165,7 +165,7 @@ def recommended(net, latents, steps):
     """The default {"omega", "t_min", "t_max"}."""
     table = RECOMMENDED if steps == 1 else RECOMMENDED_IN_STEPS
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (2, 0, 1))))
+    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (2.5, 0, 1))))
 
 
 def sampling_options(flag):

@@ -364,7 +364,7 @@ def rows(args):
         images = np.pad(np.concatenate(list(batches)), ((0, 0), (0, 0), (1, 1), (1, 1)))
         axis.imshow(images.transpose(2, 0, 3, 1).reshape(images.shape[2], -1, 3))
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     save_picture(figure, args.out or "results/rows.png", 100)
 
 
@@ -384,7 +384,7 @@ def main():
         if function in (variance, rows):
             flag("checkpoint", nargs="?", default="out/last.pt")
         if function is rows:
-            flag("--omega", type=sample.number(float, 1e-6), default=2.0)
+            flag("--omega", type=sample.number(float, 1e-6), default=2.5)
         if function is not variance:
             flag("--out", metavar="FILE.png")
     args = parser.parse_args()

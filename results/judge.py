@@ -1,7 +1,7 @@
 """How good are the samples of a checkpoint: built-in digits, or Fashion-MNIST?
 
-    python -m results.judge digits [CHECKPOINT] [--omega W] [--steps N]
-    python -m results.judge clothes [CHECKPOINT] [--omega W] [--steps N ...]
+    python -m results.judge digits [CHECKPOINT ...] [--omega W] [--steps N ...]
+    python -m results.judge clothes [CHECKPOINT ...] [--omega W] [--steps N ...]
 
 CHECKPOINT is out/last.pt unless said otherwise. `digits` compares 500 samples with 20,000 real
 digits that the training has not seen, by the correlation of the pixels:
@@ -122,14 +122,14 @@ def read(classifier, images, labels):
     return accuracy, features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
 
 
-def judge_clothes(net, omega, all_steps, epochs, n=5000):
+def judge_clothes(kinds, epochs, n=5000):
+    """kinds: {name: (net, omega, steps)}."""
     images, labels = load_fashion("train")
     classifier = train_classifier(images, labels, epochs)
     accuracy, *reference = read(classifier, *load_fashion("t10k"))
     print(f"real test images: {accuracy:.1%} read right")
     rows = {"real training images": (images[:n], labels[:n])}
-    for steps in all_steps:
-        rows[f"samples in {steps} steps"] = draw(net, n, omega, steps)
+    rows |= {name: draw(net, n, omega, steps) for name, (net, omega, steps) in kinds.items()}
     for name, row in rows.items():
         accuracy, *moments = read(classifier, *row)
         distance = fid.frechet_distance(*moments, *reference)
@@ -140,19 +140,24 @@ def main():
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("data", choices=["digits", "clothes"])
-    flag("checkpoint", nargs="?", default="out/last.pt")
+    flag("checkpoints", nargs="*", default=["out/last.pt"])
     flag("--omega", type=sample.number(float, 1e-6), help="default: as sample.py")
     flag("--steps", type=sample.COUNT, nargs="+", default=[1])
     flag("--epochs", type=sample.number(int, 0), default=8, help="of the classifier; default: 8")
     args = parser.parse_args()
-    net, _ = sample.load(args.checkpoint)
-    if (net.image_size, net.channels, net.num_classes) != (32, 1, 10):
-        raise ValueError("this network was trained on neither the digits nor Fashion-MNIST")
-    omega = args.omega or sample.recommended(net, None, 1)["omega"]
-    if args.data == "digits":
-        judge_digits(net, omega, args.steps[0])
+    kinds = {}
+    for path in args.checkpoints:
+        net, _ = sample.load(path)
+        if (net.image_size, net.channels, net.num_classes) != (32, 1, 10):
+            raise ValueError(f"{path} was trained on neither the digits nor Fashion-MNIST")
+        omega = args.omega or sample.recommended(net, None, 1)["omega"]
+        kinds |= {f"{path}, {steps} steps": (net, omega, steps) for steps in args.steps}
+    if args.data == "clothes":
+        judge_clothes(kinds, args.epochs)
     else:
-        judge_clothes(net, omega, args.steps, args.epochs)
+        for name, kind in kinds.items():
+            print(name)
+            judge_digits(*kind)
 
 
 if __name__ == "__main__":
