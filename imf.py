@@ -4,9 +4,9 @@
     u(z_t, r, t) = 1/(t - r) int_r^t v       average velocity: one step is z_r = z_t - (t - r) u
     u = v - (t - r) du/dt                    the MeanFlow identity
 
-MeanFlow regresses u on that right-hand side, which contains u itself. Improved MeanFlow regresses
-V = u + (t - r) sg[du/dt] on v (sg: no gradient). The direction of du/dt is the network's own
-velocity, so V depends on (z_t, r, t) alone, and this is an ordinary regression."""
+MeanFlow regresses u on that right-hand side, with du/dt along e - x. Improved MeanFlow regresses
+V = u + (t - r) sg[du/dt] on v (sg: no gradient): the same loss, but with du/dt along the network's
+own velocity, so V depends on (z_t, r, t) alone, and this is an ordinary regression."""
 
 from typing import NamedTuple
 
@@ -32,9 +32,9 @@ class Draws(NamedTuple):
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1, beta=1, class_dropout=0.1):
     """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's.
 
-    t and r are logit-normal, sigmoid(N(t_mean, t_std^2)); the first `flow_matching` fraction has
-    r = t. omega has the density omega^-beta on [1, MAX_OMEGA]. About the fraction `class_dropout`
-    of the batch, all of it with r = t, loses its class."""
+    t is the larger, r the smaller of two draws of sigmoid(N(t_mean, t_std^2)); the first
+    `flow_matching` fraction then gets r = t. omega has the density omega^-beta on [1, MAX_OMEGA].
+    About the fraction `class_dropout` of the batch, all of it with r = t, loses its class."""
     B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
@@ -60,16 +60,16 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """The loss of clean data x (B, C, H, W) with classes y (B,), and {"loss_u", "loss_v"}.
 
     net is a DiT, or a DDP around one. tangent is the direction of du/dt: "v-head" (iMF),
-    "boundary" (iMF without that head: u at r = t) or "conditional" (the original MeanFlow: v_g).
-    With a small norm_eps the loss stays close to 2 and says nothing: each squared error is divided
-    by itself plus norm_eps. loss_u, loss_v are the mean squared errors of V, v. Raises ValueError.
-    """
+    "boundary" (u at r = t; v still serves the guidance) or "conditional" (the original MeanFlow:
+    v_g, which is e - x without guidance). With a small norm_eps the loss stays close to 2 and says
+    nothing: each squared error is divided by itself plus norm_eps. loss_u, loss_v are the mean
+    squared errors of V, v. Raises ValueError."""
     if tangent not in TANGENTS:
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
 
-    # omega' (omega inside the interval, else 1), the rows with r < t, the guided rows; draws that
-    # are on the CPU do not make a GPU wait
+    # omega' (omega inside the interval, else 1), the rows with r < t, the guided rows; found where
+    # the draws are: on the CPU, nonzero() does not wait for the GPU
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = inside & (draws.omega != 1) & ~draws.drop
     omega_inside = torch.where(inside, draws.omega, 1).to(x.device)
@@ -81,7 +81,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     # z_t, and the only pass that autograd sees
     z = (1 - column(t)) * x + column(t) * e
     u, v = net(z, t, t - r, omega, t_min, t_max, y)
-    target = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)  # equal for t > 0.05
+    target = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)  # e - x if t >= 0.05
 
     with torch.no_grad():
         # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), where v_c is guided itself: at v_c = v_g this
@@ -90,14 +90,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         v_c[jvp_rows] = velocity(dit.v, jvp_rows, z, t, omega_inside, y)
         v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, target)
 
-        # du/dt along (dz, dt) = (v_theta, 1), zero where r = t
+        # du/dt along (dz, 1), left at 0 where r = t: its factor t - r is 0 there
         if tangent == "v-head":
-            v_theta = v_c[jvp_rows]
+            dz = v_c[jvp_rows]
         elif tangent == "boundary":
-            v_theta = velocity(dit.u, jvp_rows, z, t, omega_inside, y)
+            dz = velocity(dit.u, jvp_rows, z, t, omega_inside, y)
         else:
-            v_theta = v_g[jvp_rows]
-        du_dt = total_derivative(dit, jvp_rows, v_theta, z, t, r, omega, t_min, t_max, y)
+            dz = v_g[jvp_rows]
+        du_dt = total_derivative(dit, jvp_rows, dz, z, t, r, omega, t_min, t_max, y)
 
     V = u + column(t - r) * du_dt
     loss = weighted_error(V, v_g, norm_eps) + weighted_error(v, v_g, norm_eps)
@@ -125,12 +125,12 @@ def guided_velocity(dit, rows, z, t, omega_inside, v_c, target):
     return v_g
 
 
-def total_derivative(dit, rows, v_theta, z, t, r, omega, t_min, t_max, y):
-    """du/dt (B, C, H, W) along the flow: in these rows a JVP with the tangents (v_theta, 1, 1) of
+def total_derivative(dit, rows, dz, z, t, r, omega, t_min, t_max, y):
+    """du/dt (B, C, H, W) along the flow: in these rows a JVP with the tangents (dz, 1, 1) of
     (z, t, h = t - r); in the others, where r = t, its factor t - r is 0 and it is left at 0."""
     du_dt, one = torch.zeros_like(z), torch.ones_like(t[rows])
     with dual_level():
-        u = dit.u(make_dual(z[rows], v_theta), make_dual(t[rows], one),
+        u = dit.u(make_dual(z[rows], dz), make_dual(t[rows], one),
                   make_dual((t - r)[rows], one), omega[rows], t_min[rows], t_max[rows], y[rows])
         du_dt[rows] = unpack_dual(u).tangent
     return du_dt

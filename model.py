@@ -5,8 +5,8 @@
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
 The blocks are not told t, only h = t - r: they infer the noise level from z_t. Sampling needs no
-v-head. In pixel space the last layer predicts the clean image, from which both velocities follow
-(pixel MeanFlow, arXiv 2601.22158): noise is hard to draw, and need not be drawn then."""
+v-head. In pixel space the last layer predicts the clean image, which is easier to predict than
+noise; both velocities follow from it (pixel MeanFlow, arXiv 2601.22158)."""
 
 import functools, math
 from collections import OrderedDict
@@ -163,7 +163,7 @@ class DiT(nn.Module):
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
     being "no class". predict: the last layer's output, "u" (and v) or the clean image "x", whence
-    u = (z - x) / t; t serves no other purpose. Raises ValueError for bad sizes."""
+    u = (z - x) / max(t, 0.05); t serves no other purpose. Raises ValueError for bad sizes."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth, predict="u"):
@@ -213,7 +213,7 @@ class DiT(nn.Module):
         return self._branch(self.v_heads, self.v_final_layer, features, z, t)
 
     def velocity_from(self, x, z, t):
-        """The velocity that leads from the image x to z (B, C, H, W) in the time t (B,)."""
+        """The velocity from the image x to z at time t (B,): (z - x) / max(t, 0.05)."""
         return (z - x) / t.clamp(min=0.05).view(-1, 1, 1, 1)  # smaller t would amplify errors
 
     def compile(self, **options):

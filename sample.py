@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import imf, model
 
+IMAGE_EXTENSIONS = Image.registered_extensions()
+
 # omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in 2 steps
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
 # the paper's VAE, and the mean and standard deviation of each channel of its latents of ImageNet
-IMAGE_EXTENSIONS = Image.registered_extensions()
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
 LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
@@ -83,8 +84,8 @@ def main():
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
     sampling_options(flag)
     flag("--classes", type=number(int, 0), nargs="+", metavar="C", help="default: all")
-    flag("--num", type=number(int, 1), help="images per scale; default: 100, of several scales 10")
-    flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png by CHECKPOINT")
+    flag("--num", type=number(int, 1), help="images per scale; default: 100, or 10 each")
+    flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png beside CHECKPOINT")
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
     other_format = out.suffix.lower() in IMAGE_EXTENSIONS and out.suffix != ".png"

@@ -35,7 +35,7 @@ RECIPES = {
     "cooldown": (1.0, 0.0, FRACTION, "last fraction of the steps, in which the rate falls to 0"),
     "steps": (1700, 640 * 1251, COUNT, "training steps"),
     "ema": (0.995, 0.9999, FRACTION, "decay of the averaged weights"),
-    "t_mean": (0.4, -0.4, number(float, -100, 100), "t and r are sigmoid(N(mean, std^2))"),
+    "t_mean": (0.4, -0.4, number(float, -100, 100), "t >= r: two draws of sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.0, number(float, 0), "see --t-mean"),
     "norm_eps": (300.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
     "save_every": (500, 5000, COUNT, "steps between checkpoints"),
@@ -170,8 +170,8 @@ def order(n, seed, epoch):
 
 
 def batch(images, labels, args, step, share=0, shares=1):
-    """(x, y, draws): every shares-th sample of batch number `step`, from (seed, step) alone. x are
-    pixels in [-1, 1], or normalised latents, drawn afresh from their posteriors."""
+    """(x, y, draws): samples share, share + shares, ... of batch `step`, from (seed, step) alone.
+    x are pixels in [-1, 1], or normalised latents, drawn afresh from their posteriors."""
     n, B, mine = len(labels), args.batch_size, slice(share, None, shares)
     positions = range(step * B, (step + 1) * B)[mine]
     index = [order(n, args.seed, position // n)[position % n] for position in positions]

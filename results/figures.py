@@ -5,7 +5,7 @@
     python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
     python -m results.figures rows [CHECKPOINT]       the same noise by flow matching and by iMF
 
-    python -m results.figures plane, tokens           the diagrams of README.md
+    python -m results.figures plane (or tokens)       the diagrams of README.md
 
 All but `variance` draw results/NAME.png (--out FILE: elsewhere) and need matplotlib: pip install
 matplotlib. `field`, `tangents` and `variance` print the figures that results/README.md gives."""
@@ -282,12 +282,12 @@ def plane(args):
     axis.plot(times[[early, late]], path[[early, late]], "o-", color="tab:red", lw=2.5)
     axis.annotate("", (times[late] - 0.3, path[late] - 0.3 * exact_v(
         path[late].view(1, 1), times[late], means, std).item()), (times[late], path[late]),
-        arrowprops={"arrowstyle": "->", "lw": 2.5, "color": "tab:green"})
+        arrowprops={"arrowstyle": "-", "lw": 2.5, "color": "tab:green"})
 
     notes = {"$z_t$": (late, 0.01, 0.2), "$z_r$": (early, 0, 0.25)}
     for text, (k, right, up) in notes.items():
         axis.text(times[k] + right, path[k] + up, text, fontsize=13)
-    axis.text(0.6, -0.35, "$v(z_t, t)$: velocity at $z_t$", color="tab:green", fontsize=11)
+    axis.text(0.6, -0.35, "$v(z_t, t)$: slope at $z_t$", color="tab:green", fontsize=11)
     axis.text(0.2, 0.05, "the path along $v$", color="tab:blue", fontsize=11)
     axis.text(0.42, 1.3, "$u(z_t, r, t)$: slope of the chord", color="tab:red", fontsize=11)
     axis.text(0.02, -2.25, "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$", color="0.5",
@@ -324,7 +324,7 @@ def tokens(args):
     box(0, 3.4, 15, "u-head: head_depth blocks")
     box(left - 15, 3.4, 15, "v-head: head_depth blocks (only to train)")
     arrow((left / 2, 0.95), (left / 2, 1.55))
-    for x, name in ((7.5, "u: average velocity"), (left - 7.5, "v: velocity")):
+    for x, name in ((7.5, "u (or x_u): average velocity"), (left - 7.5, "v (or x_v): velocity")):
         arrow((x, 2.65), (x, 3.35))
         arrow((x, 4.45), (x, 5.05))
         axis.text(x, 5.15, f"{name}, from the patch tokens", ha="center", fontsize=10)
