@@ -38,7 +38,7 @@ def pyplot():
 def save_picture(figure, path, dpi):
     figure.tight_layout()
     with sample.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
     print(f"wrote {path}")
 
 
