@@ -1,12 +1,12 @@
 """The scores that papers report: FID, Inception Score, improved precision and recall.
 
-    python fid.py iMF-XL-2.pth stats.npz --omega 4 8     50,000 samples for each guidance scale
+    python fid.py iMF-XL-2.pth stats.npz                 of 50,000 samples
     python fid.py images/ photos/                        precision and recall as well
     python fid.py photos/ --save stats.npz               statistics to compare with later
 
 A and B: folders of images, .npz of images (arr_0) or of statistics (mu, sigma), or checkpoints."""
 
-import os, sys
+import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,21 +175,19 @@ def moments(features):
     return mu, sum(part.T @ part for part in centred) / (len(features) - 1)
 
 
-def extract(inception, batches, num, name="", rank=0, world=1):
-    """Features (num, 2048) and logits (num, 1008), on the CPU of every process. Raises ValueError.
-    batches: images (b, 1 or 3, H, W), of process k of n the images range(num)[k::n]."""
-    found = [torch.empty(0, 2048 + 1008)]
-    with tqdm(total=num, desc=name, unit=" images", disable=rank > 0 or not num) as bar:
+def extract(inception, batches, num, name=""):
+    """Features (num, 2048), logits (num, 1008) of batches of images, on the CPU. Raises
+    ValueError."""
+    with tqdm(total=num, desc=name, unit=" images") as bar:
+        rows = []
         for images in batches:
-            found.append(torch.cat(inception(images), 1).cpu())
-            bar.update(len(images) * world)
-    rows = torch.empty(num, 2048 + 1008)
-    for k, share in enumerate(sample.everyone(torch.cat(found))):
-        rows[k::world] = share
-    if not rows.isfinite().all():
+            rows.append(torch.cat(inception(images), 1).cpu())
+            bar.update(len(images))
+    features, logits = torch.cat(rows).split((2048, 1008), 1)
+    if not (features.isfinite().all() and logits.isfinite().all()):
         raise ValueError("features are not finite: these are not the Inception weights expected")
     order = np.random.RandomState(2020).permutation(num)  # for the IS's splits, as torch-fidelity
-    return rows[:, :2048], rows[order, 2048:]
+    return features, logits[order]
 
 
 def read_statistics(path):
@@ -228,68 +226,62 @@ def read_batches(images, device):
             yield torch.cat(list(pool.map(tensor, images[start:start + 32])))
 
 
-def open_side(path, args, device, rank, world):
-    """((mu, sigma) or None, number of images, [(setting, batches), ...]) of A or B: a checkpoint
-    has a setting for each guidance scale. Raises ValueError."""
-    statistics = None
+def open_side(path, args, device):
+    """((mu, sigma) or None, number of images, batches) of A or B. Raises ValueError."""
+    statistics = read_statistics(path) if path.endswith(".npz") else None
     if os.path.isdir(path):
         images = sample.images_in(path)
     elif path.endswith(".npz"):
-        statistics, images = read_statistics(path), read_images(path)
+        images = read_images(path)
     else:
-        net, vae, settings = sample.prepare(path, args, device)
-        given = net, range(args.num)[rank::world], range(net.num_classes), args.seed, vae
-        return None, args.num, [(row, sample.generate(*given, **row)) for row in settings]
-    if len(images) < 2 and not (statistics and args.B):
+        net, vae, guidance = sample.prepare(path, args, device)
+        guidance["omega"] = args.omega or guidance["omega"]
+        classes = range(net.num_classes)
+        return None, args.num, sample.generate(net, range(args.num), classes, args.seed, vae,
+                                               **guidance)
+    if len(images) < 2 and not statistics:
         raise ValueError(f"{path}: {len(images)} images, expected two at least")
-    return statistics, len(images), [({}, read_batches(images[rank::world], device))]
+    return statistics, len(images), read_batches(images, device)
 
 
 def main():
+    # the command line; both sides are opened before hours of work begin
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("A", help="what is judged")
     flag("B", nargs="?", help="what it is compared with; without B: the Inception Score alone")
+    flag("--omega", type=sample.number(float, 1e-6), metavar="W", help="guidance scale")
     flag("--num", type=sample.number(int, 2), default=50_000, help="images to sample; 50000")
-    flag("--save", metavar="FILE.npz", help="keep A's statistics (of several scales the last)")
+    flag("--save", metavar="FILE.npz", help="keep A's statistics")
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.sampling_options(flag)
     args = parser.parse_args()
     os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
-    device, rank, world = sample.join(args.device)
-    sides = [open_side(path, args, device, rank, world) for path in (args.A, args.B) if path]
+    device, *_ = sample.join(args.device)
+    sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
     inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
 
-    # B: its features, and its statistics unless it brings them
-    real, reference = (), None
-    if args.B:
-        reference, num, [(_, images), *_] = sides[1]
-        real, _ = extract(inception, images, num, args.B, rank, world)
-        reference = reference or moments(real)
+    # the features of the images, and their moments if the statistics are not given
+    results = []
+    for statistics, num, batches in sides:
+        features, logits = extract(inception, batches, num) if num else ((), ())
+        results.append((statistics or moments(features), features, logits))
 
-    # A: a line of scores for each setting
-    statistics, num, settings = sides[0]
-    for scores, images in settings:
-        features, logits = extract(inception, images, num, args.A, rank, world)
-        if rank > 0:
-            continue
-        mu, sigma = statistics or moments(features)
-        if reference:
-            scores["fid"] = frechet_distance(mu, sigma, *reference)
-        if num:
-            scores["is"], scores["is_std"] = inception_score(logits)
-        if min(num, len(real)) > 3:
-            if device.type == "cuda":
-                features, real = features.to(device), real.to(device)
-            scores["precision"], scores["recall"] = precision_recall(features, real)
-        print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()), flush=True)
-        if args.save:
-            with sample.atomic(args.save) as file:
-                np.savez(file, mu=mu, sigma=sigma)
-    few = [num for _, num, _ in sides if 0 < num < 10_000]
-    if rank == 0 and few:
-        print(f"{few[0]} images: FID falls as their number grows, papers take 50,000",
-              file=sys.stderr)
+    # the scores
+    (mu, sigma), features, logits = results[0]
+    scores = {}
+    if args.B:
+        reference, real, _ = results[1]
+        scores["fid"] = frechet_distance(mu, sigma, *reference)
+        if min(len(features), len(real)) > 3:
+            found = precision_recall(features.to(device), real.to(device))
+            scores["precision"], scores["recall"] = found
+    if len(logits):
+        scores["is"], scores["is_std"] = inception_score(logits)
+    print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()))
+    if args.save:
+        with sample.atomic(args.save) as file:
+            np.savez(file, mu=mu, sigma=sigma)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_OMEGA = 8  # the largest guidance scale in training
 TANGENTS = ("v-head", "boundary", "conditional")
@@ -129,7 +130,7 @@ def total_derivative(dit, rows, dz, z, t, r, omega, t_min, t_max, y):
     """du/dt (B, C, H, W) along the flow: in these rows a JVP with the tangents (dz, 1, 1) of
     (z, t, h = t - r); in the others, where r = t, its factor t - r is 0 and it is left at 0."""
     du_dt, one = torch.zeros_like(z), torch.ones_like(t[rows])
-    with dual_level():
+    with dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
         u = dit.u(make_dual(z[rows], dz), make_dual(t[rows], one),
                   make_dual((t - r)[rows], one), omega[rows], t_min[rows], t_max[rows], y[rows])
         du_dt[rows] = unpack_dual(u).tangent

@@ -35,52 +35,14 @@ def rotate(x, rotary):
     return torch.view_as_real(product).flatten(-2)
 
 
-# In a JVP, x carries a tangent dx. PyTorch would also multiply x by the derivatives of the weights,
-# at full cost, although these are 0: so the layers below say themselves what becomes of dx.
-
-
-def linear_map(f, x, *args):
-    """f(x, *args) for an f that is linear in x: its tangent is f(dx, *args)."""
-    x, dx = forward_ad.unpack_dual(x)
-    return f(x, *args) if dx is None else forward_ad.make_dual(f(x, *args), f(dx, *args))
-
-
 class Linear(nn.Linear):
-    """W x + b, whose tangent is W dx."""
+    """W x + b. In a JVP, x carries a tangent dx and the result W dx; left to itself, PyTorch would
+    also multiply x by the tangent of W, at full cost, although it is 0."""
 
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x)
         Wx = super().forward(x)
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
-
-
-class RMSNorm(nn.RMSNorm):
-    """y = x / rms(x) times the weight; dy = (dx - y mean(y dx)) / rms(x) times the weight."""
-
-    def forward(self, x):
-        x, dx = forward_ad.unpack_dual(x)
-        if dx is None and not torch.compiler.is_compiling():
-            return super().forward(x)
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        y = x * scale
-        if dx is None:
-            return y * self.weight
-        dy = scale * (dx - y * (y * dx).mean(-1, keepdim=True))
-        return forward_ad.make_dual(y * self.weight, dy * self.weight)
-
-
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, n, head_dim): fused, but written out in a
-    JVP, as fused attention has no forward derivative."""
-    (q, dq), (k, dk), (v, dv) = map(forward_ad.unpack_dual, (q, k, v))
-    if dq is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    q, dq = q / q.shape[-1] ** 0.5, dq / q.shape[-1] ** 0.5
-    p = (q @ k.transpose(-1, -2)).softmax(-1)
-    ds = torch.cat((dq, q), -1) @ torch.cat((k, dk), -1).transpose(-1, -2)  # dq k^T + q dk^T
-    dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-    out = p @ v
-    return forward_ad.make_dual(out, torch.cat((dp, p), -1) @ torch.cat((v, dv), -2))
 
 
 class Attention(nn.Module):
@@ -89,15 +51,15 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out_proj = Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
     def forward(self, x, rotary):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for part in self.qkv_proj(x).chunk(3, -1))  # each (B, heads, n, head_dim)
-        q = linear_map(rotate, self.q_norm(q.float()), rotary).type_as(v)
-        k = linear_map(rotate, self.k_norm(k.float()), rotary).type_as(v)
-        x = attention(q, k, v)
+        q = rotate(self.q_norm(q.float()), rotary).type_as(v)
+        k = rotate(self.k_norm(k.float()), rotary).type_as(v)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(-2))
 
 
@@ -116,9 +78,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.norm1 = RMSNorm(hidden_size, eps=1e-6)
+        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = RMSNorm(hidden_size, eps=1e-6)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
         self.mlp = SwiGLU(hidden_size)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
@@ -129,8 +91,8 @@ class Block(nn.Module):
         """x and its tangent after the block; apart, as compiled code takes no dual tensors."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
-        x = x + linear_map(torch.mul, self.attn(self.norm1(x), rotary), self.attn_scale)
-        x = x + linear_map(torch.mul, self.mlp(self.norm2(x)), self.mlp_scale)
+        x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
+        x = x + self.mlp_scale * self.mlp(self.norm2(x))
         return forward_ad.unpack_dual(x)
 
 
@@ -155,7 +117,7 @@ def final_layer(hidden_size, out_features):
     linear = Linear(hidden_size, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(OrderedDict(norm=RMSNorm(hidden_size, eps=1e-6), linear=linear))
+    return nn.Sequential(OrderedDict(norm=nn.RMSNorm(hidden_size, eps=1e-6), linear=linear))
 
 
 class DiT(nn.Module):
@@ -293,7 +255,7 @@ def from_official(state_dict, image_size=32):
 
 
 MODELS = {  # parameters to sample: 89 M, 174 M, 409 M, 610 M for 32 x 32 x 4 and 1000 classes
-    "tiny": dict(patch_size=8, hidden_size=96, depth=3, num_heads=8, head_depth=1),
+    "tiny": dict(patch_size=8, hidden_size=96, depth=4, num_heads=8, head_depth=1),
     "B/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12, head_depth=8),
     "M/2": dict(patch_size=2, hidden_size=768, depth=24, num_heads=12, head_depth=8),
     "L/2": dict(patch_size=2, hidden_size=1024, depth=32, num_heads=16, head_depth=8),

@@ -72,7 +72,7 @@ def write_folder(folder, images):
     def save(number, image):
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number:06d}.png")
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, range(len(images)), images))
 
@@ -82,29 +82,30 @@ def main():
     parser = command_line(__doc__)
     flag = parser.add_argument
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
-    sampling_options(flag)
+    flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
     flag("--classes", type=number(int, 0), nargs="+", metavar="C", help="default: all")
-    flag("--num", type=number(int, 1), help="images per scale; default: 100, or 10 each")
+    flag("--num", type=COUNT, metavar="N", help="images per scale; default: 100, or 10 each")
     flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png beside CHECKPOINT")
+    sampling_options(flag)
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    other_format = out.suffix.lower() in IMAGE_EXTENSIONS and out.suffix != ".png"
-    if other_format or out.is_dir() and (out.suffix in (".png", ".npz") or os.listdir(out)):
-        raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a new FOLDER")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out}: this folder is not empty")
     device, rank, world = join(args.device)
-    net, vae, settings = prepare(args.checkpoint, args, device)
+    net, vae, guidance = prepare(args.checkpoint, args, device)
+    omegas = args.omega or [guidance["omega"]]
     classes = args.classes or range(net.num_classes)
     if max(classes) >= net.num_classes:
         raise ValueError(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
-    per_setting = args.num or (100 if len(settings) == 1 else 10)
+    per_omega = args.num or (100 if len(omegas) == 1 else 10)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    # a row of images for each setting; process k of n samples every n-th of all images
-    positions, mine = range(per_setting * len(settings)), []
+    # a row of images for each omega; process k of n samples every n-th of all images
+    positions, mine = range(per_omega * len(omegas)), []
     with tqdm(total=len(positions), unit=" images", disable=rank > 0) as bar:
-        for row, setting in enumerate(settings):
-            numbers = [i % per_setting for i in positions[rank::world] if i // per_setting == row]
-            for batch in generate(net, numbers, classes, args.seed, vae, **setting):
+        for row, guidance["omega"] in enumerate(omegas):
+            numbers = [i % per_omega for i in positions[rank::world] if i // per_omega == row]
+            for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
                 mine += list(batch)
                 bar.update(len(batch) * world)
 
@@ -112,19 +113,20 @@ def main():
     shares = [mine] * world
     if dist.is_initialized():
         dist.gather_object(mine, shares if rank == 0 else None)
+    if rank > 0:
+        return
     images = [None] * len(positions)
-    for k, share in enumerate(shares if rank == 0 else ()):
+    for k, share in enumerate(shares):
         images[k::world] = share
-    if rank == 0 and out.suffix == ".png":
-        write_sheet(out, np.stack(images), 10 if len(settings) == 1 else per_setting)
-    elif rank == 0 and out.suffix == ".npz":  # ADM's format: images (N, H, W, 3), labels (N,)
-        labels = [classes[i % per_setting % len(classes)] for i in positions]
+    if out.suffix == ".png":
+        write_sheet(out, np.stack(images), 10 if len(omegas) == 1 else per_omega)
+    elif out.suffix == ".npz":  # ADM's format: images (N, H, W, 3), labels (N,)
+        labels = [classes[i % per_omega % len(classes)] for i in positions]
         with atomic(out) as file:
             np.savez(file, arr_0=np.stack(images).transpose(0, 2, 3, 1), arr_1=labels)
-    elif rank == 0:
+    else:
         write_folder(out, images)
-    if rank == 0:
-        print(f"wrote {out}")
+    print(f"wrote {out}")
 
 
 # ---- A trained network ----
@@ -140,8 +142,6 @@ def load(path, device="cpu"):
             net = model.from_state(saved["ema"], int(info["image_size"]), info["predict"])
         else:
             net, info = model.from_official(saved), {"vae": VAE}
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise ValueError("some are not finite")
         return net.to(device).eval(), info
 
 
@@ -166,13 +166,12 @@ def recommended(net, latents, steps):
     """The default {"omega", "t_min", "t_max"}."""
     table = RECOMMENDED if steps == 1 else RECOMMENDED_IN_STEPS
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (2.5, 0, 1))))
+    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (3, 0, 1))))
 
 
 def sampling_options(flag):
-    """The flags of every command line that samples; `flag` is a parser's add_argument."""
+    """The flags of all command lines that sample; `flag` is a parser's add_argument."""
     flag("--steps", type=number(int, 1, 1000), default=1, metavar="N", help="default: 1")
-    flag("--omega", type=number(float, 1e-6), nargs="+", metavar="W", help="guidance scales")
     flag("--interval", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"),
          help="times at which guidance acts")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="of the noise; default: 0")
@@ -181,18 +180,16 @@ def sampling_options(flag):
 
 
 def prepare(path, args, device):
-    """(net, vae or None, settings of imf.sample) of a checkpoint: a setting for each --omega.
-    Raises ValueError."""
+    """(net, vae or None, arguments of imf.sample) of a checkpoint. Raises ValueError."""
     net, info = load(path, device)
     if args.vae and info["vae"] == "none":
         raise ValueError(f"{path} samples pixels: --vae does not fit")
     vae = None if info["vae"] == "none" else load_vae(args.vae or info["vae"], device)
-    setting = {"steps": args.steps} | recommended(net, vae, args.steps)
-    if args.interval:
-        setting["t_min"], setting["t_max"] = args.interval
-    if setting["t_min"] > setting["t_max"]:
+    guidance = {"steps": args.steps} | recommended(net, vae, args.steps)
+    guidance["t_min"], guidance["t_max"] = args.interval or (guidance["t_min"], guidance["t_max"])
+    if guidance["t_min"] > guidance["t_max"]:
         raise ValueError("--interval LO HI: the lower end comes first")
-    return net, vae, [setting | {"omega": omega} for omega in args.omega or [setting["omega"]]]
+    return net, vae, guidance
 
 
 # ---- What all command lines share ----
@@ -241,20 +238,21 @@ def number(kind, low, high=10**12):
 COUNT = number(int, 1)
 
 
-def join(name=None):
+def join(name=None, deterministic=False):
     """(device, rank, world) of this process, which joins the others if torchrun started it."""
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with error_context(f"--device {name}"):
         device = torch.empty(0, device=name).device
-    if device.type == "cuda":  # the same run twice is the same, bit for bit; TF32 where fast
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_float32_matmul_precision("high")  # TF32
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ and not dist.is_initialized():  # gloo for the CPU, NCCL for GPUs
+    if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
     return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

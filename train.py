@@ -29,18 +29,18 @@ FRACTION, POSITIVE = number(float, 0, 1), number(float, 1e-12)
 # the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
 RECIPES = {
     "batch_size": (64, 1024, COUNT, "images per step"),
+    "steps": (1250, 640 * 1251, COUNT, "training steps"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate of AdamW"),
     "muon_lr": (0.05, 0.0, number(float, 0), "of Muon for the blocks' matrices; 0: AdamW for all"),
     "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, FRACTION, "last fraction of the steps, in which the rate falls to 0"),
-    "steps": (1700, 640 * 1251, COUNT, "training steps"),
     "ema": (0.995, 0.9999, FRACTION, "decay of the averaged weights"),
     "t_mean": (0.4, -0.4, number(float, -100, 100), "t >= r: two draws of sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.0, number(float, 0), "see --t-mean"),
-    "norm_eps": (300.0, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
-    "save_every": (500, 5000, COUNT, "steps between checkpoints"),
+    "save_every": (500, 5000, COUNT, "steps between checkpoints, each with a sheet of samples"),
 }
 CHUNK = 4096  # images in a file of a cache
+FID_NUM = 10_000  # samples for the FID that is logged
 
 
 # ---- Data: images (N, C, H, W), labels (N,) and a text that identifies them ----
@@ -52,7 +52,7 @@ def digits(n, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 32, 32), np.uint8)
-    fonts = [ImageFont.load_default(size) for size in range(38, 54)]
+    fonts = [ImageFont.load_default(size) for size in range(34, 54)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (64, 64))
         font = fonts[rng.integers(len(fonts))]
@@ -73,62 +73,62 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def decode(path, size):
-    """The picture in a file, uint8 (3, size, size). Raises ValueError."""
-    return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
+def with_mirrored(images):
+    """(2 n, C, H, W): each image, and behind it its mirror image."""
+    return torch.stack((images, images.flip(3)), 1).flatten(0, 1)
 
 
-def scan(folder, size, vae):
-    """(paths, labels, a hash of all) of the images in a folder with a sub-folder per class. Raises
-    ValueError."""
+def scan(folder):
+    """(names, labels) of the images in a folder with a sub-folder per class. Raises ValueError."""
     names = [os.path.relpath(path, folder) for path in sample.images_in(folder)]
     names = [name for name in names if os.sep in name]
     if not names:
         raise ValueError(f"--data {folder}: no images in sub-folders, one for each class")
-    labels = np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)[1]
-    paths = [os.path.join(folder, name) for name in names]
-    source = hashlib.sha256(f"{size}".encode())
-    for weight in vae.parameters() if vae else ():
-        source.update(weight.cpu().numpy())
-    for name, stat in zip(names, map(os.stat, paths)):
-        source.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return paths, labels, source.hexdigest()
+    return names, np.unique([name.split(os.sep)[0] for name in names], return_inverse=True)[1]
 
 
-def encode(paths, size, vae, bar):
-    """The images of these files, uint8 (n, 3, size, size); with a VAE float16 (n, 8, h, w), mean
-    and standard deviation of the posterior. Raises ValueError."""
-    images = []
+def encode(paths, size, flip, vae, bar):
+    """The images in these files, uint8 (n, 3, size, size), with `flip` mirrored ones between them;
+    with a VAE float16 (n, 8, h, w), mean and standard deviation of the posterior."""
+    def decode(path):
+        return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
+
+    parts = []
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(functools.partial(decode, size=size), paths)
-        while group := list(itertools.islice(decoded, 8)):
+        images = pool.map(decode, paths)
+        while group := list(itertools.islice(images, 8)):
             x = torch.from_numpy(np.stack(group))
+            x = with_mirrored(x) if flip else x
             if vae:
                 posterior = vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist
                 x = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
-            images.append(x)
+            parts.append(x)
             bar.update(len(group))
-    return torch.cat(images)
+    return torch.cat(parts)
 
 
-def folder_data(folder, size, cache, vae=None, rank=0, world=1):
-    """The data of a folder with a sub-folder per class, by way of a cache. Process k of n makes
-    every n-th chunk. Raises ValueError."""
+def folder_data(args, vae=None, rank=0, world=1):
+    """The data of --data FOLDER, by way of a cache: files of CHUNK images, of which process k of n
+    makes every n-th. Raises ValueError."""
     # the first process scans the folder and tells the others
-    found = scan(folder, size, vae) if rank == 0 else None
-    paths, labels, source = sample.everyone(found)[0]
-    cache = Path(cache, source[:12])
+    names, labels = sample.everyone(scan(args.data) if rank == 0 else None)[0]
+    made_of = repr((names, args.image_size, args.flip, args.vae))
+    cache = args.cache or f"{os.path.abspath(args.data)}-{args.image_size}px"
+    cache = Path(cache, hashlib.sha256(made_of.encode()).hexdigest()[:12])
     cache.mkdir(parents=True, exist_ok=True)
 
     # a chunk appears whole, so one that exists is complete
-    todo = [start for start in range(0, len(paths), CHUNK)
-            if not Path(cache, f"{start:09d}.pt").exists()][rank::world]
-    own = sum(len(paths[start:start + CHUNK]) for start in todo)
-    with tqdm(total=own, desc="decoding", unit=" images", disable=rank or not todo) as bar:
-        for start in todo:
+    starts = [start for start in range(0, len(names), CHUNK)[rank::world]
+              if not Path(cache, f"{start:09d}.pt").exists()]
+    own = sum(len(names[start:start + CHUNK]) for start in starts)
+    copies = 2 if args.flip else 1
+    with tqdm(total=own, desc="decoding", unit=" images", disable=rank or not own) as bar:
+        for start in starts:
             part = slice(start, start + CHUNK)
-            images = encode(paths[part], size, vae, bar)
-            chunk = {"images": images, "labels": torch.tensor(labels[part]), "total": len(paths)}
+            paths = [os.path.join(args.data, name) for name in names[part]]
+            chunk = {"images": encode(paths, args.image_size, args.flip, vae, bar),
+                     "labels": torch.tensor(labels[part].repeat(copies)),
+                     "total": copies * len(names)}
             with sample.atomic(Path(cache, f"{start:09d}.pt")) as file:
                 torch.save(chunk, file)
     if dist.is_initialized():  # others may still encode, for hours
@@ -140,27 +140,43 @@ def cached_data(cache):
     """The data in the chunks of a cache, mapped into memory. Raises ValueError."""
     chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("*.pt"))]
     with error_context(f"{cache} is damaged or incomplete"):
-        labels = torch.cat([chunk["labels"] for chunk in chunks])
+        labels = torch.cat([chunk["labels"] for chunk in chunks]).numpy()
         images = ConcatDataset([chunk["images"] for chunk in chunks])
         if not len(images) == len(labels) == chunks[0]["total"]:
             raise ValueError(f"{len(labels)} images and labels of {chunks[0]['total']}")
-        return images, labels.numpy(), Path(cache).resolve().name
+        return images, labels, Path(cache).resolve().name
 
 
 def npz_data(path):
     """The data in an .npz, square images uint8 (N, H, W) or (N, H, W, C) as arr_0 and labels (N,)
     as arr_1. Raises ValueError."""
     images = fid.read_images(path)
-    if images.shape[1] != images.shape[2]:
-        raise ValueError(f"{path}: the images are not square")
     with error_context(f"{path}: expected labels arr_1, whole numbers from 0 on"):
         with np.load(path, allow_pickle=False) as npz:
             labels = npz["arr_1"].astype(np.int64, casting="safe")
         if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < len(labels):
             raise ValueError(f"they are {labels.shape}, from {labels.min()} to {labels.max()}")
-    source = hashlib.sha256(images)
-    source.update(labels)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source.hexdigest()[:12]
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"{path}: the images are not square")
+    source = hashlib.sha256(images).hexdigest()[:12]
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source
+
+
+def load_data(args, device, rank, world):
+    """(images, labels, a text that identifies them, VAE or None) of --data. Raises ValueError."""
+    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
+    if not args.data:
+        images, labels = digits(20_000)
+        return torch.from_numpy(images), labels, "digits", None
+    if args.data.endswith(".npz"):
+        return *npz_data(args.data), None
+    if not any(Path(args.data).glob("*.pt")):
+        return *folder_data(args, vae, rank, world), vae
+    images, labels, source = cached_data(args.data)
+    if (images[0].dtype == torch.uint8) != (vae is None):
+        raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
+                         f"which does not fit --vae {args.vae}")
+    return images, labels, source, vae
 
 
 @functools.lru_cache(2)
@@ -210,48 +226,42 @@ def arguments():
     flag = parser.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
     flag("--data", metavar="FOLDER", help="one sub-folder per class, an .npz, or a cache")
-    flag("--image-size", type=number(int, 1, 4095), metavar="N", help="default: 32, with a VAE 256")
-    flag("--vae", metavar="NAME|none", help="for --data; default: none for tiny, else the paper's")
-    flag("--cache", metavar="DIR", help="for the decoded images; default: FOLDER-Npx")
-    flag("--init", metavar="FILE", help="begin with the weights of this checkpoint")
+    flag("--image-size", type=COUNT, metavar="N", help="of a FOLDER; default: 32, with a VAE 256")
+    flag("--vae", metavar="NAME|none", help="of a FOLDER; default: none for tiny, else the paper's")
+    flag("--flip", action="store_true", help="train on the mirrored images of a FOLDER too")
+    flag("--cache", metavar="DIR", help="for its decoded images; default: FOLDER-Npx")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; tiny {tiny}, else {paper}")
     flag("--accum", type=COUNT, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-checkpoint", action="store_true", help="less memory: compute activations twice")
     flag("--grad-clip", type=POSITIVE, default=math.inf, metavar="NORM", help="default: none")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     flag("--predict", choices=["u", "x"], help="default: x for pixels, u for latents")
     flag("--tangent", choices=imf.TANGENTS, default="v-head", help="direction of du/dt")
     flag("--precision", choices=["bf16", "float32"], help="default: bf16 on CUDA")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    flag("--deterministic", action="store_true", help="on CUDA: the same run twice, bit for bit")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
     flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50 steps")
-    flag("--sample-every", type=COUNT, default=500, metavar="N", help="default: 500 steps")
     flag("--keep-every", type=COUNT, metavar="N", help="keep the EMA of every N-th step")
     flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics")
-    flag("--fid-every", type=COUNT, default=5000, metavar="N", help="default: 5000 steps")
-    flag("--fid-num", type=number(int, 2), default=10_000, metavar="N", help="default: 10000")
     flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
     args = parser.parse_args()
+
+    # what depends on the model, on the data and on the machine
     for name, (tiny, paper, *_) in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else paper)
-
-    # what depends on the data
     folder = args.data and not args.data.endswith(".npz")
+    if not folder and (args.image_size or args.vae or args.flip):
+        raise ValueError("--image-size, --vae and --flip need --data FOLDER")
     args.vae = args.vae or (sample.VAE if folder and args.model != "tiny" else "none")
-    if not folder and (args.image_size or args.vae != "none"):
-        raise ValueError("--image-size and --vae need --data FOLDER")
     args.image_size = args.image_size or (32 if args.vae == "none" else 256)
-    patch = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
-    if folder and args.image_size % patch:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch's {patch}")
     args.predict = args.predict or ("x" if args.vae == "none" else "u")
-
-    # what depends on the machine
     cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
     args.precision = args.precision or ("bf16" if cuda else "float32")
+    args.compile = cuda if args.compile is None else args.compile
     parts = args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {parts}, "
@@ -259,39 +269,17 @@ def arguments():
     return args
 
 
-def load_data(args, device, rank, world):
-    """(images, labels, a text that identifies them, VAE or None) of --data. Raises ValueError."""
-    vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
-    if not args.data:
-        images, labels = digits(20_000)
-        return torch.from_numpy(images), labels, "digits", None
-    if args.data.endswith(".npz"):
-        return *npz_data(args.data), None
-    if any(Path(args.data).glob("*.pt")):
-        images, labels, source = cached_data(args.data)
-        if (images[0].dtype == torch.uint8) != (vae is None):
-            raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
-                             f"which does not fit --vae {args.vae}")
-        return images, labels, source, vae
-    cache = f"{os.path.abspath(args.data)}-{args.image_size}px{'-latents' if vae else ''}"
-    return *folder_data(args.data, args.image_size, args.cache or cache, vae, rank, world), vae
-
-
 def start(args, images, labels, source, vae, device):
     """({"net", "ema", "optimizer", ...}, settings, step) of a run, new or continued. Raises
     ValueError."""
-    # a new network, or that of --init
+    # network, EMA and optimizers
     channels, image_size, _ = images[0].shape
-    path = Path(args.out, "last.pt")
     torch.manual_seed(args.seed)
     net = model.DiT(image_size, channels // 2 if vae else channels, int(labels.max()) + 1,
                     **model.MODELS[args.model], predict=args.predict)
-    if args.init and not path.exists():
-        with error_context(f"--init {args.init} does not fit"):
-            net.load_state_dict(initial_weights(args.init))
     net.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False)
-    if args.compile or args.compile is None and device.type == "cuda":
+    if args.compile:
         torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
         net.compile()
     states = {"net": net, "ema": ema, **make_optimizers(net, args)}
@@ -303,18 +291,11 @@ def start(args, images, labels, source, vae, device):
         names.remove("steps")  # which then do not shape the learning rate
     settings = {"data": source, "image_size": image_size}
     settings |= {name: getattr(args, name) for name in names}
+    path = Path(args.out, "last.pt")
     step = resume(path, states, settings) if path.exists() else 0
     if len(set(sample.everyone(step))) > 1:
         raise ValueError(f"--out {args.out}: the processes found checkpoints of different steps")
     return states, settings, step
-
-
-def initial_weights(path):
-    """The state dict of a network that can be trained. Raises ValueError."""
-    net, _ = sample.load(path)
-    if net.v_heads is None:  # as released; v = u where r = t, so it begins as a copy of u's
-        net.v_heads, net.v_final_layer = copy.deepcopy((net.u_heads, net.u_final_layer))
-    return net.state_dict()
 
 
 def resume(path, states, settings):
@@ -338,11 +319,7 @@ def save(path, states, step, settings):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, the update of a matrix being made nearly orthogonal (Jordan et al., 2024), so that
-    all its directions learn equally fast. torch.optim.Muon does this in bfloat16, which is slow on
-    many CPUs."""
-
-    def __init__(self, groups):
-        super().__init__(groups, {})
+    all its directions learn equally fast. torch's own works in bfloat16, slow on many CPUs."""
 
     @torch.no_grad()
     def step(self):
@@ -355,31 +332,27 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix):
-    """Brings all singular values near 1: five Newton-Schulz iterations x <- f(x x^T) x, whose
-    factors f commute, so that they are multiplied before x."""
+    """Brings all singular values near 1, by five Newton-Schulz iterations."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    gram, identity = x @ x.T, torch.eye(len(x), device=x.device)
-    product = identity
     for _ in range(5):
-        f = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
-        product = f @ product
-        gram = f @ gram @ f
-    return product @ x
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
 
 
 def make_optimizers(net, args):
     """{"optimizer": AdamW}, and "muon" for the matrices of the blocks if --muon-lr is not 0."""
-    blocks = (*net.shared_blocks, *net.u_heads, *net.v_heads) if args.muon_lr else ()
-    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    chosen = set(map(id, matrices))
-    others = [p for p in net.parameters() if id(p) not in chosen]
-    found = {"optimizer": torch.optim.AdamW([{"params": others, "initial_lr": args.lr}],
-                                            betas=(0.9, 0.95), weight_decay=0, fused=True)}
-    if matrices:
-        found["muon"] = Muon([{"params": matrices, "initial_lr": args.muon_lr}])
-    return found
+    def for_muon(name, p):
+        return args.muon_lr and p.ndim == 2 and name.startswith(("shared", "u_heads", "v_heads"))
+
+    matrices = [p for name, p in net.named_parameters() if for_muon(name, p)]
+    others = [p for name, p in net.named_parameters() if not for_muon(name, p)]
+    adamw = torch.optim.AdamW(others, args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    if not matrices:
+        return {"optimizer": adamw}
+    return {"optimizer": adamw, "muon": Muon(matrices, {"lr": args.muon_lr})}
 
 
 def schedule(step, args):
@@ -398,8 +371,7 @@ def gradients(net, parts, args, device):
         x, y, draws = next(parts)
         net.require_backward_grad_sync = k == args.accum - 1  # as in DDP.no_sync()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent,
-                                     args.norm_eps)
+            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent)
         (loss / args.accum).backward()
         total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip, foreach=True)
@@ -407,11 +379,10 @@ def gradients(net, parts, args, device):
 
 
 @torch.no_grad()
-def update(net, ema, optimizers, factor, decay):
+def update(net, ema, optimizers, rates, decay):
     """One step of the optimizers, and of the EMA: ema = decay * ema + (1 - decay) * net."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+    for optimizer, rate in zip(optimizers, rates):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -424,12 +395,26 @@ def write_samples(path, ema, vae, seed):
     sample.write_sheet(path, np.concatenate(images), 10)
 
 
-def write_log(path, step, record):
+def make_scorer(args, device):
+    """A function of a network and its VAE: the FID of samples to --fid-ref. Raises ValueError."""
+    statistics = fid.read_statistics(args.fid_ref)
+    if not statistics:
+        raise ValueError(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
+    inception = fid.Inception(args.inception).to(device)
+
+    def score(net, vae):
+        images = sample.generate(net, range(FID_NUM), range(net.num_classes), args.seed, vae)
+        features, _ = fid.extract(inception, images, FID_NUM, "fid")
+        return fid.frechet_distance(*fid.moments(features), *statistics)
+    return score
+
+
+def write_log(path, record):
     if torch.cuda.is_available():
         record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with error_context(f"cannot write {path}"), open(path, "a") as file:
-        print(json.dumps({"step": step, **finite}), file=file)
+        print(json.dumps(finite), file=file)
 
 
 def trim_log(path, step):
@@ -441,29 +426,13 @@ def trim_log(path, step):
                         if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
 
 
-def make_scorer(args, device, rank, world):
-    """A function of a network and its VAE: {"fid", "inception_score"}. Raises ValueError."""
-    statistics = fid.read_statistics(args.fid_ref)
-    if not statistics:
-        raise ValueError(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
-    inception = fid.Inception(args.inception).to(device)
-
-    def score(net, vae):
-        numbers = range(args.fid_num)[rank::world]
-        images = sample.generate(net, numbers, range(net.num_classes), args.seed, vae)
-        features, logits = fid.extract(inception, images, args.fid_num, "fid", rank, world)
-        return {"fid": fid.frechet_distance(*fid.moments(features), *statistics),
-                "inception_score": fid.inception_score(logits)[0]}
-    return score
-
-
 def main():
     args = arguments()
-    device, rank, world = sample.join(args.device)
+    device, rank, world = sample.join(args.device, args.deterministic)
     images, labels, source, vae = load_data(args, device, rank, world)
-    score = make_scorer(args, device, rank, world) if args.fid_ref else None
     states, settings, step = start(args, images, labels, source, vae, device)
     net, ema, *optimizers = states.values()
+    score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -475,43 +444,38 @@ def main():
     signals = []  # the run ends after the step in which one arrives
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda signum, frame: signals.append(signum))
-    history, skipped, stop = [], 0, False
+    history, stop = [], False
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
             began, factor = time.time(), schedule(step, args)
             loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
-                update(net, ema, optimizers, factor, args.ema)
-                history.append((loss_u, loss_v, time.time() - began))
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped == 20:
-                raise ValueError("no finite gradient for 20 steps, try a lower --lr")
+                rates = args.lr * factor, args.muon_lr * factor
+                update(net, ema, optimizers, rates, args.ema)
             net.zero_grad()
+            history.append((loss_u, loss_v, norm, time.time() - began))
             step += 1
             bar.update()
             end, stop = step == args.steps, any(sample.everyone(len(signals) > 0))
 
-            # log and scores
-            record = {}
+            # the log: means of all steps since the last record
             if step % args.log_every == 0 or end:
-                record = {"grad_norm": norm, "lr": args.lr * factor}
-                if rows := list(itertools.chain(*sample.everyone(history))):
-                    loss_u, loss_v, seconds = np.mean(rows, 0).tolist()
-                    record |= {"loss_u": loss_u, "loss_v": loss_v,
-                               "images_per_s": args.batch_size / seconds}
-                bar.set_postfix(record)
+                loss_u, loss_v, norm, seconds = np.mean(sample.everyone(history), (0, 1)).tolist()
+                record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
+                          "lr": args.lr * factor, "images_per_s": args.batch_size / seconds}
                 history = []
-            if score and (step % args.fid_every == 0 or end):
-                record |= score(ema, vae)
-            if record and rank == 0:
-                write_log(out / "log.jsonl", step, record)
+                bar.set_postfix(record)
+                if rank == 0:
+                    write_log(out / "log.jsonl", record)
 
-            # samples and checkpoint
-            if rank == 0 and (step % args.sample_every == 0 or end):
-                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+            # checkpoint, samples, FID
             if rank == 0 and (step % args.save_every == 0 or end or stop):
                 save(out / "last.pt", states, step, settings)
+            if rank == 0 and (step % args.save_every == 0 or end):
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+                if score:
+                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)})
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
     sample.everyone()  # nobody leaves before the checkpoint is written
