@@ -180,6 +180,7 @@ class DiT(nn.Module):
 
     def compile(self, **options):
         """torch.compile of every block, in place; all blocks share their compiled code."""
+        torch._dynamo.config.optimize_ddp = False  # or DDP would split the compiled blocks
         for block in (*self.shared_blocks, *self.u_heads, *(self.v_heads or ())):
             block.compile(**options)
 

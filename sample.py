@@ -8,7 +8,7 @@
 
 Image i depends on (seed, i) alone, not on the number of images or of processes."""
 
-import argparse, contextlib, datetime, os, sys, warnings
+import argparse, contextlib, datetime, json, os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import imf, model
 
 IMAGE_EXTENSIONS = Image.registered_extensions()
 
-# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in 2 steps
+# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in 2 steps;
+# 10.5 is more than any omega of the training
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
 RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
 
@@ -176,6 +177,8 @@ def sampling_options(flag):
          help="times at which guidance acts")
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="of the noise; default: 0")
     flag("--vae", metavar="NAME", help="another copy of the VAE that decodes latents")
+    flag("--precision", choices=["bf16", "float32"], default="float32", help="default: float32")
+    flag("--compile", action="store_true", help="torch.compile, for many images")
     flag("--device", help="cpu, cuda, cuda:1, mps; default: the best one here")
 
 
@@ -189,6 +192,12 @@ def prepare(path, args, device):
     guidance["t_min"], guidance["t_max"] = args.interval or (guidance["t_min"], guidance["t_max"])
     if guidance["t_min"] > guidance["t_max"]:
         raise ValueError("--interval LO HI: the lower end comes first")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    net.u = autocast(net.u)
+    if vae:
+        vae.decode = autocast(vae.decode)
+    if args.compile:
+        net.compile()
     return net, vae, guidance
 
 
@@ -208,7 +217,10 @@ def run(main):
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or "out of memory"
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        message = f"{Path(sys.argv[0]).name}: {message}"
+        print(message, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last words quote it
+            Path(report).write_text(json.dumps({"message": message}))
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid, imf, model, sample
@@ -41,6 +42,7 @@ RECIPES = {
 }
 CHUNK = 4096  # images in a file of a cache
 FID_NUM = 10_000  # samples for the FID that is logged
+PEAKS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, in 10^12 operations a second
 
 
 # ---- Data: images (N, C, H, W), labels (N,) and a text that identifies them ----
@@ -280,7 +282,6 @@ def start(args, images, labels, source, vae, device):
     net.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # the compiled blocks are small already
         net.compile()
     states = {"net": net, "ema": ema, **make_optimizers(net, args)}
 
@@ -409,9 +410,21 @@ def make_scorer(args, device):
     return score
 
 
+def count_operations(net, x, y, draws):
+    """Floating-point operations of one loss and its gradient, counted on the shapes alone."""
+    net = copy.deepcopy(net).to("meta").requires_grad_()
+    net.grad_checkpoint = False
+    with FlopCounterMode(display=False) as counter:
+        imf.imf_loss(net, x.to("meta"), y.to("meta"), draws)[0].backward()
+    return counter.get_total_flops()
+
+
 def write_log(path, record):
     if torch.cuda.is_available():
         record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        for name, peak in PEAKS.items():
+            if "tera_ops_per_s" in record and name in torch.cuda.get_device_name():
+                record["mfu"] = record["tera_ops_per_s"] / peak  # model FLOPs utilisation
     finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with error_context(f"cannot write {path}"), open(path, "a") as file:
         print(json.dumps(finite), file=file)
@@ -437,6 +450,8 @@ def main():
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
     parts = batches(images, labels, args, step, rank, world)
+    first = batch(images, labels, args, 0, rank, world * args.accum)
+    tera_ops = args.accum * count_operations(ema, *first) / 1e12
     out = Path(args.out)
     if rank == 0:
         trim_log(out / "log.jsonl", step)
@@ -463,7 +478,8 @@ def main():
             if step % args.log_every == 0 or end:
                 loss_u, loss_v, norm, seconds = np.mean(sample.everyone(history), (0, 1)).tolist()
                 record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
-                          "lr": args.lr * factor, "images_per_s": args.batch_size / seconds}
+                          "lr": args.lr * factor, "images_per_s": args.batch_size / seconds,
+                          "tera_ops_per_s": tera_ops / seconds}
                 history = []
                 bar.set_postfix(record)
                 if rank == 0:
