@@ -29,8 +29,8 @@ FRACTION, POSITIVE = number(float, 0, 1), number(float, 1e-12)
 # flag: (default of tiny, which takes minutes on two CPU cores; default of the others; type; help);
 # the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
 RECIPES = {
-    "batch_size": (64, 1024, COUNT, "images per step"),
-    "steps": (1250, 640 * 1251, COUNT, "training steps"),
+    "batch_size": (48, 1024, COUNT, "images per step"),
+    "steps": (1700, 640 * 1251, COUNT, "training steps"),
     "lr": (1e-2, 1e-4, POSITIVE, "learning rate of AdamW"),
     "muon_lr": (0.05, 0.0, number(float, 0), "of Muon for the blocks' matrices; 0: AdamW for all"),
     "warmup": (100, 10 * 1251, number(int, 0), "steps in which the learning rate rises"),
