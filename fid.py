@@ -9,6 +9,7 @@ A and B: folders of images, .npz of images (arr_0) or of statistics (mu, sigma),
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import scipy
@@ -32,7 +33,8 @@ def convolution(channels, out_channels, kernel_size, stride=1, padding="same"):
 
 class Mixed(nn.Module):
     """Branches side by side: each a list of steps, {name: arguments of its convolution}. Two
-    convolutions in one step read the same input. An empty branch is the pool itself."""
+    convolutions in one step read the same input. An empty branch is the pool itself, and one that
+    begins with "branch_pool" reads the pool."""
 
     def __init__(self, channels, pool, *branches):
         super().__init__()
@@ -112,8 +114,11 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
         with sample.error_context(f"no Inception in {weights or URL} (--inception FILE)"):
-            state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
-                URL, map_location="cpu", check_hash=True, weights_only=True)
+            if weights:
+                state = torch.load(weights, "cpu", weights_only=True)
+            else:
+                state = torch.hub.load_state_dict_from_url(
+                    URL, map_location="cpu", check_hash=True, weights_only=True)
             self.load_state_dict(state)
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 
@@ -125,7 +130,8 @@ class Inception(nn.Module):
         for layer in layers:
             x = layer(x)
         features = x.mean((2, 3))
-        return features, F.linear(features, fc.weight)
+        logits = F.linear(features.cpu(), fc.weight.cpu())  # not in TF32
+        return features, logits.to(features.device)
 
 
 def resize(images):
@@ -176,8 +182,7 @@ def moments(features):
 
 
 def extract(inception, batches, num, name=""):
-    """Features (num, 2048), logits (num, 1008) of batches of images, on the CPU. Raises
-    ValueError."""
+    """Features (num, 2048), logits (num, 1008) of batches of images. Raises ValueError."""
     with tqdm(total=num, desc=name, unit=" images") as bar:
         rows = []
         for images in batches:
@@ -186,7 +191,8 @@ def extract(inception, batches, num, name=""):
     features, logits = torch.cat(rows).split((2048, 1008), 1)
     if not (features.isfinite().all() and logits.isfinite().all()):
         raise ValueError("features are not finite: these are not the Inception weights expected")
-    order = np.random.RandomState(2020).permutation(num)  # for the IS's splits, as torch-fidelity
+    # torch-fidelity shuffles before it splits for the Inception Score
+    order = np.random.RandomState(2020).permutation(num)
     return features, logits[order]
 
 
@@ -203,8 +209,7 @@ def read_statistics(path):
 
 
 def read_images(path):
-    """The images of an .npz, its arr_0, as uint8 (N, H, W, C), C 1 or 3; N = 0 without. Raises
-    ValueError."""
+    """The arr_0 of an .npz as uint8 (N, H, W, 1 or 3); N = 0 without one. Raises ValueError."""
     with sample.error_context(f"{path}: expected arr_0, uint8 (N, H, W) or (N, H, W, 3)"):
         with np.load(path, allow_pickle=False) as npz:
             images = npz["arr_0"] if "arr_0" in npz else np.empty((0, 1, 1, 3), np.uint8)
@@ -256,8 +261,11 @@ def main():
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.sampling_options(flag)
     args = parser.parse_args()
-    os.makedirs(os.path.dirname(os.path.abspath(args.save or "x")), exist_ok=True)
-    device, *_ = sample.join(args.device)
+    if args.save:
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
+    device, _, world = sample.join(args.device)
+    if world > 1:
+        raise ValueError("fid.py runs in one process: let sample.py write an .npz in several")
     sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
     inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
 

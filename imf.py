@@ -69,8 +69,8 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
     dit = getattr(net, "module", net)
 
-    # omega' (omega inside the interval, else 1), the rows with r < t, the guided rows; found where
-    # the draws are: on the CPU, nonzero() does not wait for the GPU
+    # omega' (omega inside the interval, else 1), the rows with r < t, the guided rows; found on the
+    # device of the draws, usually the CPU: there nonzero() need not wait for the GPU
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = inside & (draws.omega != 1) & ~draws.drop
     omega_inside = torch.where(inside, draws.omega, 1).to(x.device)
@@ -82,16 +82,18 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     # z_t, and the only pass that autograd sees
     z = (1 - column(t)) * x + column(t) * e
     u, v = net(z, t, t - r, omega, t_min, t_max, y)
-    target = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)  # e - x if t >= 0.05
+    e_minus_x = e - x
+    if dit.predict == "x":
+        e_minus_x = dit.velocity_from(x, z, t)  # the same, but for t < 0.05
 
     with torch.no_grad():
         # v_g = (e - x) + (1 - 1/omega') (v_c - v_u), where v_c is guided itself: at v_c = v_g this
         # is v_u + omega' (e - x - v_u). Where r = t the interval is [0, 1], and v is v_c already
         v_c = v.clone()
         v_c[jvp_rows] = velocity(dit.v, jvp_rows, z, t, omega_inside, y)
-        v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, target)
+        v_g = guided_velocity(dit, guided_rows, z, t, omega_inside, v_c, e_minus_x)
 
-        # du/dt along (dz, 1), left at 0 where r = t: its factor t - r is 0 there
+        # the direction of du/dt: this choice is all that iMF changes in MeanFlow's loss
         if tangent == "v-head":
             dz = v_c[jvp_rows]
         elif tangent == "boundary":
@@ -117,11 +119,11 @@ def velocity(branch, rows, z, t, omega, y):
     return branch(z[rows], t[rows], zero, omega[rows], zero, zero + 1, y[rows])
 
 
-def guided_velocity(dit, rows, z, t, omega_inside, v_c, target):
+def guided_velocity(dit, rows, z, t, omega_inside, v_c, e_minus_x):
     """v_g, the target of the regression: e - x, in these rows guided away from v_u."""
     no_class = torch.full(t.shape, dit.num_classes, device=t.device)
     v_u = velocity(dit.v, rows, z, t, torch.ones_like(t), no_class)
-    v_g = target.clone()
+    v_g = e_minus_x.clone()
     v_g[rows] += column(1 - 1 / omega_inside[rows]) * (v_c[rows] - v_u)
     return v_g
 

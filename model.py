@@ -88,7 +88,8 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
     def forward(self, x, dx, rotary):
-        """x and its tangent after the block; apart, as compiled code takes no dual tensors."""
+        """x and its tangent dx, or None, after the block. They are passed separately, as compiled
+        code takes no dual tensors."""
         if dx is not None:
             x = forward_ad.make_dual(x, dx)
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import imf, model
 
-IMAGE_EXTENSIONS = Image.registered_extensions()
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# omega, t_min, t_max that the authors recommend for latents, by depth; XL/2 differs in 2 steps;
-# 10.5 is more than any omega of the training
+# omega, t_min, t_max that the authors recommend for latents, by depth (10.5 is more than any omega
+# of the training); for XL/2 in two steps they recommend others
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
-RECOMMENDED_IN_STEPS = {**RECOMMENDED, 48: (4, 0.36, 0.64)}
+RECOMMENDED_XL_TWO_STEPS = (4, 0.36, 0.64)
+RECOMMENDED_PIXELS = (3, 0, 1)
 
 # the paper's VAE, and the mean and standard deviation of each channel of its latents of ImageNet
 VAE = "stabilityai/sd-vae-ft-mse"
@@ -73,7 +74,6 @@ def write_folder(folder, images):
     def save(number, image):
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number:06d}.png")
 
-    folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, range(len(images)), images))
 
@@ -99,12 +99,14 @@ def main():
     if max(classes) >= net.num_classes:
         raise ValueError(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
     per_omega = args.num or (100 if len(omegas) == 1 else 10)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out if out.suffix not in (".png", ".npz") else out.parent
+    folder.mkdir(parents=True, exist_ok=True)
 
     # a row of images for each omega; process k of n samples every n-th of all images
     positions, mine = range(per_omega * len(omegas)), []
     with tqdm(total=len(positions), unit=" images", disable=rank > 0) as bar:
-        for row, guidance["omega"] in enumerate(omegas):
+        for row, omega in enumerate(omegas):
+            guidance["omega"] = omega
             numbers = [i % per_omega for i in positions[rank::world] if i // per_omega == row]
             for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
                 mine += list(batch)
@@ -165,9 +167,11 @@ def load_vae(name, device="cpu"):
 
 def recommended(net, latents, steps):
     """The default {"omega", "t_min", "t_max"}."""
-    table = RECOMMENDED if steps == 1 else RECOMMENDED_IN_STEPS
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), table.get(depth, (3, 0, 1))))
+    values = RECOMMENDED.get(depth, RECOMMENDED_PIXELS)
+    if depth == 48 and steps > 1:
+        values = RECOMMENDED_XL_TWO_STEPS
+    return dict(zip(("omega", "t_min", "t_max"), values))
 
 
 def sampling_options(flag):
@@ -264,10 +268,11 @@ def join(name=None, deterministic=False):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
-    return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
+    return device, dist.get_rank(), dist.get_world_size()
 
 
 def everyone(value=None):
@@ -293,20 +298,22 @@ def atomic(path):
 
 
 def images_in(folder):
-    """The paths of all images below a folder, by their extension, sorted, but for hidden files.
-    Raises ValueError."""
-    found = sorted(os.path.join(root, name)
-                   for root, _, names in os.walk(folder, followlinks=True) for name in names
-                   if name[0] != "." and Path(name).suffix.lower() in IMAGE_EXTENSIONS)
+    """The paths of all images below a folder, by their extension, sorted; what is hidden is left
+    out. Raises ValueError."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [os.path.join(root, name) for name in names
+                  if name[0] != "." and name.lower().endswith(IMAGE_EXTENSIONS)]
     if not found:
         raise ValueError(f"{folder}: no such folder, or no images in it")
-    return found
+    return sorted(found)
 
 
 def open_image(path):
-    """A picture of 8 bits as PIL RGB, converted as in ADM. Raises ValueError."""
-    with error_context(f"{path} is no image of 8 bits"), Image.open(path) as image:
-        if image.mode[0] in "IF":
+    """A picture as PIL RGB, converted as in ADM. Raises ValueError."""
+    with error_context(f"{path} is no image of 8 bits per channel"), Image.open(path) as image:
+        if image.mode[0] in "IF":  # grey ones, which convert() would clip
             raise ValueError("it has more")
         return image.convert("RGB")
 

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2
 
 OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
-continues where it stopped and ends in the same weights; so does, up to rounding, any number of
-processes."""
+continues where it stopped and ends in the same weights. Any number of processes gives the same
+weights, up to rounding."""
 
 import argparse, copy, datetime, functools, hashlib, itertools, json, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from sample import COUNT, error_context, number
 
 FRACTION, POSITIVE = number(float, 0, 1), number(float, 1e-12)
 
-# flag: (default of tiny, which takes minutes on two CPU cores; default of the others; type; help);
+# flag: (default of tiny, default of the others, type, help);
 # the release trains for 640 epochs, 10 of them warm-up, and an epoch of ImageNet is 1,251 steps
 RECIPES = {
     "batch_size": (48, 1024, COUNT, "images per step"),
@@ -75,11 +75,6 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def with_mirrored(images):
-    """(2 n, C, H, W): each image, and behind it its mirror image."""
-    return torch.stack((images, images.flip(3)), 1).flatten(0, 1)
-
-
 def scan(folder):
     """(names, labels) of the images in a folder with a sub-folder per class. Raises ValueError."""
     names = [os.path.relpath(path, folder) for path in sample.images_in(folder)]
@@ -90,8 +85,8 @@ def scan(folder):
 
 
 def encode(paths, size, flip, vae, bar):
-    """The images in these files, uint8 (n, 3, size, size), with `flip` mirrored ones between them;
-    with a VAE float16 (n, 8, h, w), mean and standard deviation of the posterior."""
+    """The images in these files, uint8 (n, 3, size, size), with `flip` each followed by its mirror
+    image; with a VAE float16 (n, 8, h, w), mean and standard deviation of the posterior."""
     def decode(path):
         return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
 
@@ -100,7 +95,8 @@ def encode(paths, size, flip, vae, bar):
         images = pool.map(decode, paths)
         while group := list(itertools.islice(images, 8)):
             x = torch.from_numpy(np.stack(group))
-            x = with_mirrored(x) if flip else x
+            if flip:
+                x = torch.stack((x, x.flip(3)), 1).flatten(0, 1)
             if vae:
                 posterior = vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist
                 x = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
@@ -160,8 +156,9 @@ def npz_data(path):
             raise ValueError(f"they are {labels.shape}, from {labels.min()} to {labels.max()}")
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"{path}: the images are not square")
-    source = hashlib.sha256(images).hexdigest()[:12]
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source
+    source = hashlib.sha256(images.tobytes())
+    source.update(labels.tobytes())
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source.hexdigest()[:12]
 
 
 def load_data(args, device, rank, world):
@@ -175,6 +172,8 @@ def load_data(args, device, rank, world):
     if not any(Path(args.data).glob("*.pt")):
         return *folder_data(args, vae, rank, world), vae
     images, labels, source = cached_data(args.data)
+    if args.flip:
+        raise ValueError("--flip: a cache holds its mirror images already, or none")
     if (images[0].dtype == torch.uint8) != (vae is None):
         raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
                          f"which does not fit --vae {args.vae}")
@@ -227,11 +226,11 @@ def arguments():
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("--model", choices=model.MODELS, default="tiny", help="default: tiny")
-    flag("--data", metavar="FOLDER", help="one sub-folder per class, an .npz, or a cache")
+    flag("--data", help="FOLDER with a sub-folder per class, .npz or cache; default: the digits")
     flag("--image-size", type=COUNT, metavar="N", help="of a FOLDER; default: 32, with a VAE 256")
     flag("--vae", metavar="NAME|none", help="of a FOLDER; default: none for tiny, else the paper's")
     flag("--flip", action="store_true", help="train on the mirrored images of a FOLDER too")
-    flag("--cache", metavar="DIR", help="for its decoded images; default: FOLDER-Npx")
+    flag("--cache", metavar="DIR", help="where these images go, decoded; default: FOLDER-Npx")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, paper, kind, text) in RECIPES.items():
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}; tiny {tiny}, else {paper}")
@@ -272,8 +271,7 @@ def arguments():
 
 
 def start(args, images, labels, source, vae, device):
-    """({"net", "ema", "optimizer", ...}, settings, step) of a run, new or continued. Raises
-    ValueError."""
+    """({"net": ..., "ema": ..., ...}, settings, step), new or continued. Raises ValueError."""
     # network, EMA and optimizers
     channels, image_size, _ = images[0].shape
     torch.manual_seed(args.seed)
@@ -370,7 +368,7 @@ def gradients(net, parts, args, device):
     total = 0
     for k in range(args.accum):
         x, y, draws = next(parts)
-        net.require_backward_grad_sync = k == args.accum - 1  # as in DDP.no_sync()
+        net.require_backward_grad_sync = k == args.accum - 1  # as DDP.no_sync() does
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent)
         (loss / args.accum).backward()
@@ -412,15 +410,15 @@ def make_scorer(args, device):
 
 def count_operations(net, x, y, draws):
     """Floating-point operations of one loss and its gradient, counted on the shapes alone."""
-    net = copy.deepcopy(net).to("meta").requires_grad_()
-    net.grad_checkpoint = False
+    state = {name: value.to("meta") for name, value in net.state_dict().items()}
+    net = model.from_state(state, net.image_size, net.predict)
     with FlopCounterMode(display=False) as counter:
         imf.imf_loss(net, x.to("meta"), y.to("meta"), draws)[0].backward()
     return counter.get_total_flops()
 
 
-def write_log(path, record):
-    if torch.cuda.is_available():
+def write_log(path, record, device):
+    if device.type == "cuda":
         record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         for name, peak in PEAKS.items():
             if "tera_ops_per_s" in record and name in torch.cuda.get_device_name():
@@ -432,7 +430,6 @@ def write_log(path, record):
 
 def trim_log(path, step):
     """Drops the records made after the checkpoint of this step, which are made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_bytes().splitlines(True) if path.exists() else []
     with sample.atomic(path) as file:
         file.writelines(line for line in lines
@@ -442,24 +439,25 @@ def trim_log(path, step):
 def main():
     args = arguments()
     device, rank, world = sample.join(args.device, args.deterministic)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     images, labels, source, vae = load_data(args, device, rank, world)
     states, settings, step = start(args, images, labels, source, vae, device)
     net, ema, *optimizers = states.values()
-    score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
     parts = batches(images, labels, args, step, rank, world)
     first = batch(images, labels, args, 0, rank, world * args.accum)
     tera_ops = args.accum * count_operations(ema, *first) / 1e12
-    out = Path(args.out)
     if rank == 0:
         trim_log(out / "log.jsonl", step)
 
-    signals = []  # the run ends after the step in which one arrives
+    signals = [0]  # the run ends after the step in which one arrives
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda signum, frame: signals.append(signum))
-    history, stop = [], False
+    history, stop = [], 0
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
@@ -472,7 +470,7 @@ def main():
             history.append((loss_u, loss_v, norm, time.time() - began))
             step += 1
             bar.update()
-            end, stop = step == args.steps, any(sample.everyone(len(signals) > 0))
+            end, stop = step == args.steps, max(sample.everyone(signals[-1]))
 
             # the log: means of all steps since the last record
             if step % args.log_every == 0 or end:
@@ -483,20 +481,20 @@ def main():
                 history = []
                 bar.set_postfix(record)
                 if rank == 0:
-                    write_log(out / "log.jsonl", record)
+                    write_log(out / "log.jsonl", record, device)
 
-            # checkpoint, samples, FID
-            if rank == 0 and (step % args.save_every == 0 or end or stop):
-                save(out / "last.pt", states, step, settings)
-            if rank == 0 and (step % args.save_every == 0 or end):
-                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
-                if score:
-                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)})
+            # checkpoints, samples, FID
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
+            if rank == 0 and (step % args.save_every == 0 or end or stop):
+                save(out / "last.pt", states, step, settings)
+            if rank == 0 and (step % args.save_every == 0 or end) and not stop:
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+                if score:
+                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)}, device)
     sample.everyone()  # nobody leaves before the checkpoint is written
     if stop:
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        sys.exit(128 + stop)
 
 
 if __name__ == "__main__":
