@@ -430,6 +430,7 @@ def write_log(path, record, device):
 
 def trim_log(path, step):
     """Drops the records made after the checkpoint of this step, which are made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_bytes().splitlines(True) if path.exists() else []
     with sample.atomic(path) as file:
         file.writelines(line for line in lines
@@ -440,7 +441,6 @@ def main():
     args = arguments()
     device, rank, world = sample.join(args.device, args.deterministic)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     images, labels, source, vae = load_data(args, device, rank, world)
     states, settings, step = start(args, images, labels, source, vae, device)

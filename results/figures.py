@@ -384,7 +384,7 @@ def main():
         if function in (variance, rows):
             flag("checkpoint", nargs="?", default="out/last.pt")
         if function is rows:
-            flag("--omega", type=sample.number(float, 1e-6), default=2.5)
+            flag("--omega", type=sample.number(float, 1e-6), default=3)
         if function is not variance:
             flag("--out", metavar="FILE.png")
     args = parser.parse_args()
