@@ -263,6 +263,22 @@ def test_initialisation():
     assert 0.99 * bound < net.x_embedder.weight.abs().max() <= bound
 
 
+def test_positions_and_scalars_are_embedded_as_in_the_release():
+    """Pairs (0, 1), (2, 3), ... rotate and 128 cosines precede 128 sines: weights rely on it."""
+    x = torch.randn(3, 5, 8)
+    out = model.rotate(x, model.rotations(5, 8, "cpu"))
+    angle = torch.tensor(4 * 10000 ** (-2 / 8))  # index 4, pair (2, 3)
+    a, b = x[:, 4, 2], x[:, 4, 3]
+    assert_close(out[:, 4, 2], a * angle.cos() - b * angle.sin())
+    assert_close(out[:, 4, 3], a * angle.sin() + b * angle.cos())
+    assert_close(out[:, 0], x[:, 0])
+    embedder = model.ScalarEmbedder(32)
+    embedder.mlp = torch.nn.Identity()
+    angles = torch.tensor([[0.7], [8.0]]) * 10000 ** (-torch.arange(128) / 128)
+    expected = torch.cat((angles.cos(), angles.sin()), 1)
+    assert_close(embedder(torch.tensor([0.7, 8.0])), expected)
+
+
 def released(net, v_head):
     """The state dict of `net` under the authors' names, q, k, v and w1, w3 apart."""
     theirs = {"t_min_emb": "cfg_t_start_emb", "t_max_emb": "cfg_t_end_emb",
