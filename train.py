@@ -1,8 +1,8 @@
 """Train improved MeanFlow from scratch.
 
-    python train.py                                   digits, minutes on a laptop
-    python train.py --data flowers --image-size 64    your own images: flowers/rose/*.jpg, ...
-    torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2
+    python train.py                                       digits, minutes on a laptop
+    python train.py --data flowers --out out-flowers      your own images: flowers/rose/*.jpg, ...
+    torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
 OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command
 continues where it stopped and ends in the same weights. Any number of processes gives the same

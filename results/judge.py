@@ -1,7 +1,7 @@
 """How good are the samples of a checkpoint: built-in digits, or Fashion-MNIST?
 
-    python -m results.judge digits [CHECKPOINT ...] [--omega W] [--steps N ...]
-    python -m results.judge clothes [CHECKPOINT ...] [--omega W] [--steps N ...]
+    python -m results.judge digits [CHECKPOINT ...] [--omega W] [--steps N ...] [--num N]
+    python -m results.judge clothes [CHECKPOINT ...] [--omega W] [--steps N ...] [--num N]
 
 CHECKPOINT is out/last.pt unless said otherwise. `digits` compares 500 samples with 20,000 real
 digits that the training has not seen, by the correlation of the pixels:
@@ -65,7 +65,7 @@ def spread(images, labels):
     return np.mean([measure_shapes(images[labels == c]).std(0) for c in range(10)], 0)
 
 
-def judge_digits(net, omega, steps, n=500):
+def judge_digits(net, omega, steps, n):
     real, real_labels = train.digits(20_000, seed=99)
     samples, labels = draw(net, n, omega, steps)
     to_real = normalise(samples) @ normalise(real).T
@@ -122,7 +122,7 @@ def read(classifier, images, labels):
     return accuracy, features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
 
 
-def judge_clothes(kinds, epochs, n=5000):
+def judge_clothes(kinds, epochs, n):
     """kinds: {name: (net, omega, steps)}."""
     images, labels = load_fashion("train")
     classifier = train_classifier(images, labels, epochs)
@@ -143,6 +143,7 @@ def main():
     flag("checkpoints", nargs="*", default=["out/last.pt"])
     flag("--omega", type=sample.number(float, 1e-6), help="default: as sample.py")
     flag("--steps", type=sample.COUNT, nargs="+", default=[1])
+    flag("--num", type=sample.number(int, 20), help="samples; default: 500 digits, 5000 clothes")
     flag("--epochs", type=sample.number(int, 0), default=8, help="of the classifier; default: 8")
     args = parser.parse_args()
     kinds = {}
@@ -153,11 +154,11 @@ def main():
         omega = args.omega or sample.recommended(net, None, 1)["omega"]
         kinds |= {f"{path}, {steps} steps": (net, omega, steps) for steps in args.steps}
     if args.data == "clothes":
-        judge_clothes(kinds, args.epochs)
+        judge_clothes(kinds, args.epochs, args.num or 5000)
     else:
         for name, kind in kinds.items():
             print(name)
-            judge_digits(*kind)
+            judge_digits(*kind, args.num or 500)
 
 
 if __name__ == "__main__":
