@@ -206,7 +206,7 @@ def tangents(args):
     every.set(title=f"means of {window * every_steps} steps, all seeds and their range",
               xlabel="step")
     one.set_ylim(0.2, 0.55)
-    every.set_ylim(0.25, 0.45)
+    every.set_ylim(0.2, 0.45)
     one.legend()
     save_picture(figure, args.out or "results/tangents.png", 80)
 
@@ -384,7 +384,7 @@ def main():
         if function in (variance, rows):
             flag("checkpoint", nargs="?", default="out/last.pt")
         if function is rows:
-            flag("--omega", type=sample.number(float, 1e-6), default=3)
+            flag("--omega", type=sample.number(float, 1e-6), default=1)
         if function is not variance:
             flag("--out", metavar="FILE.png")
     args = parser.parse_args()
