@@ -38,6 +38,7 @@ RECIPES = {
     "ema": (0.995, 0.9999, FRACTION, "decay of the averaged weights"),
     "t_mean": (0.4, -0.4, number(float, -100, 100), "t >= r: two draws of sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.0, number(float, 0), "see --t-mean"),
+    "norm_eps": (0.01, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
     "save_every": (500, 5000, COUNT, "steps between checkpoints, each with a sheet of samples"),
 }
 CHUNK = 4096  # images in a file of a cache
@@ -370,7 +371,8 @@ def gradients(net, parts, args, device):
         x, y, draws = next(parts)
         net.require_backward_grad_sync = k == args.accum - 1  # as DDP.no_sync() does
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent)
+            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent,
+                                     args.norm_eps)
         (loss / args.accum).backward()
         total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip, foreach=True)
