@@ -114,11 +114,8 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
         with sample.error_context(f"no Inception in {weights or URL} (--inception FILE)"):
-            if weights:
-                state = torch.load(weights, "cpu", weights_only=True)
-            else:
-                state = torch.hub.load_state_dict_from_url(
-                    URL, map_location="cpu", check_hash=True, weights_only=True)
+            state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", check_hash=True, weights_only=True)
             self.load_state_dict(state)
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 

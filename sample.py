@@ -8,7 +8,7 @@
 
 Image i depends on (seed, i) alone, not on the number of images or of processes."""
 
-import argparse, contextlib, datetime, json, os, sys, warnings
+import argparse, contextlib, datetime, json, os, shutil, sys, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,12 +70,18 @@ def write_sheet(path, images, columns):
 
 
 def write_folder(folder, images):
-    """A PNG for each of the images, uint8 (3, H, W), named by its number."""
+    """A new folder with a PNG for each of the images, uint8 (3, H, W), named by its number."""
     def save(number, image):
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{number:06d}.png")
+        Image.fromarray(image.transpose(1, 2, 0)).save(temporary / f"{number:06d}.png")
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(save, range(len(images)), images))
+    temporary = Path(f"{folder}.{os.getpid()}.tmp")
+    try:
+        with error_context(f"cannot write {folder}"), ThreadPoolExecutor() as pool:
+            temporary.mkdir()
+            list(pool.map(save, range(len(images)), images))
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main():
@@ -90,8 +96,11 @@ def main():
     sampling_options(flag)
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: this folder is not empty")
+    kind = out.suffix.lower()
+    if kind in IMAGE_EXTENSIONS and kind != ".png":
+        raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a FOLDER")
+    if out.is_dir() and (kind in (".png", ".npz") or any(out.iterdir())):
+        raise ValueError(f"--out {out}: there is such a folder, and it is no empty FOLDER")
     device, rank, world = join(args.device)
     net, vae, guidance = prepare(args.checkpoint, args, device)
     omegas = args.omega or [guidance["omega"]]
@@ -99,7 +108,7 @@ def main():
     if max(classes) >= net.num_classes:
         raise ValueError(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
     per_omega = args.num or (100 if len(omegas) == 1 else 10)
-    folder = out if out.suffix not in (".png", ".npz") else out.parent
+    folder = out.parent if kind in (".png", ".npz") else out
     folder.mkdir(parents=True, exist_ok=True)
 
     # a row of images for each omega; process k of n samples every n-th of all images
@@ -121,9 +130,9 @@ def main():
     images = [None] * len(positions)
     for k, share in enumerate(shares):
         images[k::world] = share
-    if out.suffix == ".png":
+    if kind == ".png":
         write_sheet(out, np.stack(images), 10 if len(omegas) == 1 else per_omega)
-    elif out.suffix == ".npz":  # ADM's format: images (N, H, W, 3), labels (N,)
+    elif kind == ".npz":  # ADM's format: images (N, H, W, 3), labels (N,)
         labels = [classes[i % per_omega % len(classes)] for i in positions]
         with atomic(out) as file:
             np.savez(file, arr_0=np.stack(images).transpose(0, 2, 3, 1), arr_1=labels)
@@ -151,7 +160,8 @@ def load(path, device="cpu"):
 def load_file(path):
     """What torch.save wrote: tensors and plain values, never code. Raises ValueError."""
     with error_context(f"cannot read {path}"):
-        return torch.load(path, "cpu", weights_only=True, mmap=os.name == "posix")
+        mapped = os.name == "posix" and zipfile.is_zipfile(path)
+        return torch.load(path, "cpu", weights_only=True, mmap=mapped)
 
 
 def load_vae(name, device="cpu"):

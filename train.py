@@ -137,7 +137,7 @@ def folder_data(args, vae=None, rank=0, world=1):
 
 def cached_data(cache):
     """The data in the chunks of a cache, mapped into memory. Raises ValueError."""
-    chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("*.pt"))]
+    chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("[0-9]*.pt"))]
     with error_context(f"{cache} is damaged or incomplete"):
         labels = torch.cat([chunk["labels"] for chunk in chunks]).numpy()
         images = ConcatDataset([chunk["images"] for chunk in chunks])
@@ -150,13 +150,13 @@ def npz_data(path):
     """The data in an .npz, square images uint8 (N, H, W) or (N, H, W, C) as arr_0 and labels (N,)
     as arr_1. Raises ValueError."""
     images = fid.read_images(path)
+    if not len(images) or images.shape[1] != images.shape[2]:
+        raise ValueError(f"{path}: expected square images arr_0")
     with error_context(f"{path}: expected labels arr_1, whole numbers from 0 on"):
         with np.load(path, allow_pickle=False) as npz:
             labels = npz["arr_1"].astype(np.int64, casting="safe")
         if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < len(labels):
             raise ValueError(f"they are {labels.shape}, from {labels.min()} to {labels.max()}")
-    if images.shape[1] != images.shape[2]:
-        raise ValueError(f"{path}: the images are not square")
     source = hashlib.sha256(images.tobytes())
     source.update(labels.tobytes())
     return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source.hexdigest()[:12]
@@ -170,7 +170,7 @@ def load_data(args, device, rank, world):
         return torch.from_numpy(images), labels, "digits", None
     if args.data.endswith(".npz"):
         return *npz_data(args.data), None
-    if not any(Path(args.data).glob("*.pt")):
+    if not any(Path(args.data).glob("[0-9]*.pt")):
         return *folder_data(args, vae, rank, world), vae
     images, labels, source = cached_data(args.data)
     if args.flip:
@@ -260,6 +260,9 @@ def arguments():
         raise ValueError("--image-size, --vae and --flip need --data FOLDER")
     args.vae = args.vae or (sample.VAE if folder and args.model != "tiny" else "none")
     args.image_size = args.image_size or (32 if args.vae == "none" else 256)
+    unit = model.MODELS[args.model]["patch_size"] * (1 if args.vae == "none" else 8)
+    if folder and args.image_size % unit:
+        raise ValueError(f"--image-size {args.image_size} is no multiple of {unit}")
     args.predict = args.predict or ("x" if args.vae == "none" else "u")
     cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
     args.precision = args.precision or ("bf16" if cuda else "float32")
@@ -476,7 +479,9 @@ def main():
 
             # the log: means of all steps since the last record
             if step % args.log_every == 0 or end:
-                loss_u, loss_v, norm, seconds = np.mean(sample.everyone(history), (0, 1)).tolist()
+                every = np.array(sample.everyone(history))
+                loss_u, loss_v, norm, _ = every.mean((0, 1)).tolist()
+                seconds = every[0, :, 3].mean()  # the others also wait for what process 0 writes
                 record = {"step": step, "loss_u": loss_u, "loss_v": loss_v, "grad_norm": norm,
                           "lr": args.lr * factor, "images_per_s": args.batch_size / seconds,
                           "tera_ops_per_s": tera_ops / seconds}
@@ -485,15 +490,15 @@ def main():
                 if rank == 0:
                     write_log(out / "log.jsonl", record, device)
 
-            # checkpoints, samples, FID
+            # samples, FID and checkpoints; last.pt is the last: what is missing is made again
+            if rank == 0 and (step % args.save_every == 0 and not stop or end):
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+                if score:
+                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)}, device)
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
             if rank == 0 and (step % args.save_every == 0 or end or stop):
                 save(out / "last.pt", states, step, settings)
-            if rank == 0 and (step % args.save_every == 0 or end) and not stop:
-                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
-                if score:
-                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)}, device)
     sample.everyone()  # nobody leaves before the checkpoint is written
     if stop:
         sys.exit(128 + stop)
