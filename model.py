@@ -1,6 +1,6 @@
 """The network of improved MeanFlow: a DiT whose conditions are tokens (arXiv 2512.02012).
 
-    sequence   8 class, 4 omega, 2 t_min, 2 t_max, 4 time tokens, then the patches, row by row
+    sequence   8 class, 4 omega, 2 t_min, 2 t_max, 4 h ("time") tokens, then the patches by rows
     trunk      depth - head_depth blocks, shared
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
@@ -125,8 +125,8 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x", whence
-    u = (z - x) / max(t, 0.05); t serves no other purpose. Raises ValueError for bad sizes."""
+    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x": then
+    u = (z - x) / max(t, 0.05), v likewise; t is used for this alone. Raises ValueError."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth, predict="u"):

@@ -770,7 +770,8 @@ def test_a_full_disk_or_another_setting_keeps_the_last(small, tmp_path, run, mon
     argv = ["--out", tmp_path, "--batch-size", 4, "--save-every", 1, "--steps", 2]
     monkeypatch.setattr(torch, "save", full)
     run(train, *argv, refused=["cannot write", "last.pt", "No space left"])
-    assert sorted(os.listdir(tmp_path)) == ["last.pt", "log.jsonl", "step-000001.png", "step-000002.png"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "last.pt", "log.jsonl", "step-000001.png", "step-000002.png"]
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     for other in (["--lr", 1], ["--seed", 1], ["--tangent", "boundary"], ["--ema", 0.5],

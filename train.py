@@ -414,7 +414,7 @@ def make_scorer(args, device):
 
 
 def count_operations(net, x, y, draws):
-    """Floating-point operations of one loss and its gradient, counted on the shapes alone."""
+    """Floating-point operations of the iMF loss and its gradient, counted on shapes alone."""
     state = {name: value.to("meta") for name, value in net.state_dict().items()}
     net = model.from_state(state, net.image_size, net.predict)
     with FlopCounterMode(display=False) as counter:
@@ -442,10 +442,18 @@ def trim_log(path, step):
                         if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
 
 
+def catch_signals():
+    """A list of 0 and of the signals that arrive from now on, which no longer end the process."""
+    signals = [0]
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda signum, frame: signals.append(signum))
+    return signals
+
+
 def main():
+    # the data, the run's state, new or continued, and the batches to come
     args = arguments()
     device, rank, world = sample.join(args.device, args.deterministic)
-    out = Path(args.out)
     score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     images, labels, source, vae = load_data(args, device, rank, world)
     states, settings, step = start(args, images, labels, source, vae, device)
@@ -456,26 +464,25 @@ def main():
     parts = batches(images, labels, args, step, rank, world)
     first = batch(images, labels, args, 0, rank, world * args.accum)
     tera_ops = args.accum * count_operations(ema, *first) / 1e12
+    out = Path(args.out)
     if rank == 0:
         trim_log(out / "log.jsonl", step)
 
-    signals = [0]  # the run ends after the step in which one arrives
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda signum, frame: signals.append(signum))
-    history, stop = [], 0
+    signals, stop, history = catch_signals(), 0, []
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
-            began, factor = time.time(), schedule(step, args)
+            began = time.time()
+            factor = schedule(step, args)
             loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
-                rates = args.lr * factor, args.muon_lr * factor
-                update(net, ema, optimizers, rates, args.ema)
+                update(net, ema, optimizers, (args.lr * factor, args.muon_lr * factor), args.ema)
             net.zero_grad()
             history.append((loss_u, loss_v, norm, time.time() - began))
             step += 1
             bar.update()
-            end, stop = step == args.steps, max(sample.everyone(signals[-1]))
+            end = step == args.steps
+            stop = max(sample.everyone(signals[-1]))  # all end when one was told to
 
             # the log: means of all steps since the last record
             if step % args.log_every == 0 or end:
@@ -490,14 +497,15 @@ def main():
                 if rank == 0:
                     write_log(out / "log.jsonl", record, device)
 
-            # samples, FID and checkpoints; last.pt is the last: what is missing is made again
-            if rank == 0 and (step % args.save_every == 0 and not stop or end):
+            # samples, FID and checkpoints; last.pt comes last: what a kill prevents is made again
+            due = step % args.save_every == 0
+            if rank == 0 and (end or due and not stop):
                 write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
                 if score:
                     write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)}, device)
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
-            if rank == 0 and (step % args.save_every == 0 or end or stop):
+            if rank == 0 and (end or due or stop):
                 save(out / "last.pt", states, step, settings)
     sample.everyone()  # nobody leaves before the checkpoint is written
     if stop:
