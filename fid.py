@@ -178,31 +178,19 @@ def moments(features):
     return mu, sum(part.T @ part for part in centred) / (len(features) - 1)
 
 
-def extract(inception, batches, num, name=""):
-    """Features (num, 2048), logits (num, 1008) of batches of images. Raises ValueError."""
-    with tqdm(total=num, desc=name, unit=" images") as bar:
-        rows = []
-        for images in batches:
-            rows.append(torch.cat(inception(images), 1).cpu())
-            bar.update(len(images))
-    features, logits = torch.cat(rows).split((2048, 1008), 1)
-    if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError("features are not finite: these are not the Inception weights expected")
-    # torch-fidelity shuffles before it splits for the Inception Score
-    order = np.random.RandomState(2020).permutation(num)
-    return features, logits[order]
-
-
 def read_statistics(path):
     """(mu, sigma) or (ref_mu, ref_sigma) of an .npz; None if it has neither. Raises ValueError."""
     with sample.error_context(f"{path}: expected images arr_0, or mu and sigma of 2048 features"):
         with np.load(path, allow_pickle=False) as npz:
-            names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma") if name in npz][:2]
-            found = [npz[name] for name in names]
-        shapes = [x.shape for x in found if np.isfinite(x).all()]
-        if found and (shapes != [(2048,), (2048, 2048)] or found[1].diagonal().min() < 0):
-            raise ValueError(f"{names} have other shapes, or values that cannot be")
-        return found or None
+            prefix = "" if "mu" in npz else "ref_"
+            if f"{prefix}mu" not in npz:
+                return None
+            mu, sigma = npz[f"{prefix}mu"], npz[f"{prefix}sigma"]
+        if (mu.shape, sigma.shape) != ((2048,), (2048, 2048)):
+            raise ValueError(f"they are {mu.shape} and {sigma.shape}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("they are not finite")
+        return mu, sigma
 
 
 def read_images(path):
@@ -228,26 +216,44 @@ def read_batches(images, device):
             yield torch.cat(list(pool.map(tensor, images[start:start + 32])))
 
 
-def open_side(path, args, device):
-    """((mu, sigma) or None, number of images, batches) of A or B. Raises ValueError."""
-    statistics = read_statistics(path) if path.endswith(".npz") else None
+def open_images(path, args, device):
+    """(number of images, batches of them) of A or B. Raises ValueError."""
     if os.path.isdir(path):
         images = sample.images_in(path)
     elif path.endswith(".npz"):
         images = read_images(path)
     else:
         net, vae, guidance = sample.prepare(path, args, device)
-        guidance["omega"] = args.omega or guidance["omega"]
+        if args.omega:
+            guidance["omega"] = args.omega
         classes = range(net.num_classes)
-        return None, args.num, sample.generate(net, range(args.num), classes, args.seed, vae,
-                                               **guidance)
-    if len(images) < 2 and not statistics:
+        return args.num, sample.generate(net, range(args.num), classes, args.seed, vae, **guidance)
+    if len(images) < 2:
         raise ValueError(f"{path}: {len(images)} images, expected two at least")
-    return statistics, len(images), read_batches(images, device)
+    return len(images), read_batches(images, device)
+
+
+def measure(path, args, device):
+    """((mu, sigma), features (N, 2048), logits (N, 1008)) of A or B; given statistics have neither
+    features nor logits. Raises ValueError."""
+    statistics = read_statistics(path) if path.endswith(".npz") else None
+    if statistics:
+        return statistics, (), ()
+    num, batches = open_images(path, args, device)
+    inception, rows = Inception(args.inception).to(device), []
+    with tqdm(total=num, unit=" images") as bar:
+        for images in batches:
+            rows.append(torch.cat(inception(images), 1).cpu())
+            bar.update(len(images))
+    features, logits = torch.cat(rows).split((2048, 1008), 1)
+    if not (features.isfinite().all() and logits.isfinite().all()):
+        raise ValueError("features are not finite: these are not the Inception weights expected")
+    # torch-fidelity shuffles before it splits for the Inception Score
+    return moments(features), features, logits[np.random.RandomState(2020).permutation(num)]
 
 
 def main():
-    # the command line; both sides are opened before hours of work begin
+    # the command line; a mistyped name is found before hours of work begin
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("A", help="what is judged")
@@ -258,25 +264,20 @@ def main():
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.sampling_options(flag)
     args = parser.parse_args()
+    for path in (args.A, args.B or args.A):
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: no such file or folder")
     if args.save:
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
     device, _, world = sample.join(args.device)
     if world > 1:
         raise ValueError("fid.py runs in one process: let sample.py write an .npz in several")
-    sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
-    inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
-
-    # the features of the images, and their moments if the statistics are not given
-    results = []
-    for statistics, num, batches in sides:
-        features, logits = extract(inception, batches, num) if num else ((), ())
-        results.append((statistics or moments(features), features, logits))
 
     # the scores
-    (mu, sigma), features, logits = results[0]
     scores = {}
+    (mu, sigma), features, logits = measure(args.A, args, device)
     if args.B:
-        reference, real, _ = results[1]
+        reference, real, _ = measure(args.B, args, device)
         scores["fid"] = frechet_distance(mu, sigma, *reference)
         if min(len(features), len(real)) > 3:
             found = precision_recall(features.to(device), real.to(device))

@@ -73,10 +73,10 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     # device of the draws, usually the CPU: there nonzero() need not wait for the GPU
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = inside & (draws.omega != 1) & ~draws.drop
-    omega_inside = torch.where(inside, draws.omega, 1).to(x.device)
-    jvp_rows = (draws.r < draws.t).nonzero()[:, 0].to(x.device)
-    guided_rows = guided.nonzero()[:, 0].to(x.device)
-    e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)
+    omega_inside = to_device(torch.where(inside, draws.omega, 1), x.device)
+    jvp_rows = to_device((draws.r < draws.t).nonzero()[:, 0], x.device)
+    guided_rows = to_device(guided.nonzero()[:, 0], x.device)
+    e, t, r, omega, t_min, t_max, drop = (to_device(values, x.device) for values in draws)
     y = torch.where(drop, dit.num_classes, y)
 
     # z_t, and the only pass that autograd sees
@@ -106,6 +106,11 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     loss = weighted_error(V, v_g, norm_eps) + weighted_error(v, v_g, norm_eps)
     return loss, {"loss_u": (V - v_g).detach().square().mean(),
                   "loss_v": (v - v_g).detach().square().mean()}
+
+
+def to_device(values, device):
+    """A copy on the device; the CPU goes on before a GPU has it (on MPS that would be unsafe)."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def column(scalars):

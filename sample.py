@@ -8,7 +8,7 @@
 
 Image i depends on (seed, i) alone, not on the number of images or of processes."""
 
-import argparse, contextlib, datetime, json, os, shutil, sys, warnings, zipfile
+import argparse, contextlib, datetime, glob, json, os, sys, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,18 +70,12 @@ def write_sheet(path, images, columns):
 
 
 def write_folder(folder, images):
-    """A new folder with a PNG for each of the images, uint8 (3, H, W), named by its number."""
-    def save(number, image):
-        Image.fromarray(image.transpose(1, 2, 0)).save(temporary / f"{number:06d}.png")
+    """A PNG for each of the images, uint8 (3, H, W), named by its number."""
+    def write(number, image):
+        Image.fromarray(image.transpose(1, 2, 0)).save(Path(folder, f"{number:06d}.png"))
 
-    temporary = Path(f"{folder}.{os.getpid()}.tmp")
-    try:
-        with error_context(f"cannot write {folder}"), ThreadPoolExecutor() as pool:
-            temporary.mkdir()
-            list(pool.map(save, range(len(images)), images))
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with error_context(f"cannot write {folder}"), ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(len(images)), images))
 
 
 def main():
@@ -103,10 +97,10 @@ def main():
         raise ValueError(f"--out {out}: there is such a folder, and it is no empty FOLDER")
     device, rank, world = join(args.device)
     net, vae, guidance = prepare(args.checkpoint, args, device)
-    omegas = args.omega or [guidance["omega"]]
     classes = args.classes or range(net.num_classes)
     if max(classes) >= net.num_classes:
         raise ValueError(f"--classes {max(classes)}: this network knows 0 to {net.num_classes - 1}")
+    omegas = args.omega or [recommended(net, vae, args.steps)["omega"]]
     per_omega = args.num or (100 if len(omegas) == 1 else 10)
     folder = out.parent if kind in (".png", ".npz") else out
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,15 +109,14 @@ def main():
     positions, mine = range(per_omega * len(omegas)), []
     with tqdm(total=len(positions), unit=" images", disable=rank > 0) as bar:
         for row, omega in enumerate(omegas):
-            guidance["omega"] = omega
             numbers = [i % per_omega for i in positions[rank::world] if i // per_omega == row]
-            for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
+            for batch in generate(net, numbers, classes, args.seed, vae, omega=omega, **guidance):
                 mine += list(batch)
                 bar.update(len(batch) * world)
 
     # the first process puts them in order and writes them
     shares = [mine] * world
-    if dist.is_initialized():
+    if world > 1:
         dist.gather_object(mine, shares if rank == 0 else None)
     if rank > 0:
         return
@@ -197,15 +190,14 @@ def sampling_options(flag):
 
 
 def prepare(path, args, device):
-    """(net, vae or None, arguments of imf.sample) of a checkpoint. Raises ValueError."""
+    """(net, vae or None, the given steps, t_min, t_max) of a checkpoint. Raises ValueError."""
     net, info = load(path, device)
     if args.vae and info["vae"] == "none":
         raise ValueError(f"{path} samples pixels: --vae does not fit")
     vae = None if info["vae"] == "none" else load_vae(args.vae or info["vae"], device)
-    guidance = {"steps": args.steps} | recommended(net, vae, args.steps)
-    guidance["t_min"], guidance["t_max"] = args.interval or (guidance["t_min"], guidance["t_max"])
-    if guidance["t_min"] > guidance["t_max"]:
-        raise ValueError("--interval LO HI: the lower end comes first")
+    guidance = {"steps": args.steps}
+    if args.interval:
+        guidance["t_min"], guidance["t_max"] = sorted(args.interval)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     net.u = autocast(net.u)
     if vae:
@@ -308,16 +300,13 @@ def atomic(path):
 
 
 def images_in(folder):
-    """The paths of all images below a folder, by their extension, sorted; what is hidden is left
-    out. Raises ValueError."""
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [os.path.join(root, name) for name in names
-                  if name[0] != "." and name.lower().endswith(IMAGE_EXTENSIONS)]
+    """The paths of all images below a folder, by their extension, sorted; glob leaves out what is
+    hidden. Raises ValueError."""
+    paths = glob.iglob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True)
+    found = sorted(path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS))
     if not found:
         raise ValueError(f"{folder}: no such folder, or no images in it")
-    return sorted(found)
+    return found
 
 
 def open_image(path):

@@ -8,7 +8,7 @@ OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. Th
 continues where it stopped and ends in the same weights. Any number of processes gives the same
 weights, up to rounding."""
 
-import argparse, copy, datetime, functools, hashlib, itertools, json, math, os, signal, sys, time
+import argparse, copy, datetime, functools, hashlib, json, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,8 +41,7 @@ RECIPES = {
     "norm_eps": (0.01, 0.01, POSITIVE, "a sample's loss is s / (s + eps), s its squared error"),
     "save_every": (500, 5000, COUNT, "steps between checkpoints, each with a sheet of samples"),
 }
-CHUNK = 4096  # images in a file of a cache
-FID_NUM = 10_000  # samples for the FID that is logged
+CHUNK = 1024  # images in a file of a cache
 PEAKS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, in 10^12 operations a second
 
 
@@ -86,29 +85,28 @@ def scan(folder):
 
 
 def encode(paths, size, flip, vae, bar):
-    """The images in these files, uint8 (n, 3, size, size), with `flip` each followed by its mirror
-    image; with a VAE float16 (n, 8, h, w), mean and standard deviation of the posterior."""
+    """The images in these files, uint8 (n, 3, size, size), with `flip` also their mirror images;
+    with a VAE float16 (n, 8, h, w), mean and standard deviation of the posterior."""
     def decode(path):
         return np.array(centre_crop(sample.open_image(path), size)).transpose(2, 0, 1)
 
-    parts = []
     with ThreadPoolExecutor() as pool:
-        images = pool.map(decode, paths)
-        while group := list(itertools.islice(images, 8)):
-            x = torch.from_numpy(np.stack(group))
-            if flip:
-                x = torch.stack((x, x.flip(3)), 1).flatten(0, 1)
-            if vae:
-                posterior = vae.encode(x.to(vae.device) / 127.5 - 1).latent_dist
-                x = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
-            parts.append(x)
-            bar.update(len(group))
+        x = torch.from_numpy(np.stack(list(pool.map(decode, paths))))
+    if flip:
+        x = torch.cat((x, x.flip(3)))
+    parts = []
+    for part in x.split(8):
+        if vae:
+            posterior = vae.encode(part.to(vae.device) / 127.5 - 1).latent_dist
+            part = torch.cat((posterior.mean, posterior.std), 1).half().cpu()
+        parts.append(part)
+        bar.update(len(part))
     return torch.cat(parts)
 
 
-def folder_data(args, vae=None, rank=0, world=1):
-    """The data of --data FOLDER, by way of a cache: files of CHUNK images, of which process k of n
-    makes every n-th. Raises ValueError."""
+def encode_folder(args, vae=None, rank=0, world=1):
+    """Encodes --data FOLDER into a cache, files of CHUNK images, of which process k of n makes
+    every n-th, and returns the path of the cache. Raises ValueError."""
     # the first process scans the folder and tells the others
     names, labels = sample.everyone(scan(args.data) if rank == 0 else None)[0]
     made_of = repr((names, args.image_size, args.flip, args.vae))
@@ -117,49 +115,46 @@ def folder_data(args, vae=None, rank=0, world=1):
     cache.mkdir(parents=True, exist_ok=True)
 
     # a chunk appears whole, so one that exists is complete
+    copies = 2 if args.flip else 1
     starts = [start for start in range(0, len(names), CHUNK)[rank::world]
               if not Path(cache, f"{start:09d}.pt").exists()]
-    own = sum(len(names[start:start + CHUNK]) for start in starts)
-    copies = 2 if args.flip else 1
+    own = copies * sum(len(names[start:start + CHUNK]) for start in starts)
     with tqdm(total=own, desc="decoding", unit=" images", disable=rank or not own) as bar:
         for start in starts:
             part = slice(start, start + CHUNK)
             paths = [os.path.join(args.data, name) for name in names[part]]
             chunk = {"images": encode(paths, args.image_size, args.flip, vae, bar),
-                     "labels": torch.tensor(labels[part].repeat(copies)),
+                     "labels": torch.tensor(labels[part]).repeat(copies),
                      "total": copies * len(names)}
             with sample.atomic(Path(cache, f"{start:09d}.pt")) as file:
                 torch.save(chunk, file)
     if dist.is_initialized():  # others may still encode, for hours
         dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
-    return cached_data(cache)
+    return cache
 
 
 def cached_data(cache):
-    """The data in the chunks of a cache, mapped into memory. Raises ValueError."""
+    """(images, labels) in the chunks of a cache, mapped into memory. Raises ValueError."""
     chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("[0-9]*.pt"))]
     with error_context(f"{cache} is damaged or incomplete"):
         labels = torch.cat([chunk["labels"] for chunk in chunks]).numpy()
         images = ConcatDataset([chunk["images"] for chunk in chunks])
         if not len(images) == len(labels) == chunks[0]["total"]:
             raise ValueError(f"{len(labels)} images and labels of {chunks[0]['total']}")
-        return images, labels, Path(cache).resolve().name
+        return images, labels
 
 
 def npz_data(path):
-    """The data in an .npz, square images uint8 (N, H, W) or (N, H, W, C) as arr_0 and labels (N,)
-    as arr_1. Raises ValueError."""
+    """(images, labels) in an .npz: square images uint8 (N, H, W) or (N, H, W, C) as arr_0, labels
+    (N,) as arr_1. Raises ValueError."""
     images = fid.read_images(path)
-    if not len(images) or images.shape[1] != images.shape[2]:
-        raise ValueError(f"{path}: expected square images arr_0")
-    with error_context(f"{path}: expected labels arr_1, whole numbers from 0 on"):
+    n, height, width, _ = images.shape
+    with error_context(f"{path}: expected square images arr_0 and labels arr_1, from 0 on"):
         with np.load(path, allow_pickle=False) as npz:
             labels = npz["arr_1"].astype(np.int64, casting="safe")
-        if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < len(labels):
-            raise ValueError(f"they are {labels.shape}, from {labels.min()} to {labels.max()}")
-    source = hashlib.sha256(images.tobytes())
-    source.update(labels.tobytes())
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels, source.hexdigest()[:12]
+        if height != width or labels.shape != (n,) or not 0 <= labels.min() <= labels.max() < n:
+            raise ValueError(f"they are {images.shape} and {labels.shape}")
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels
 
 
 def load_data(args, device, rank, world):
@@ -169,16 +164,17 @@ def load_data(args, device, rank, world):
         images, labels = digits(20_000)
         return torch.from_numpy(images), labels, "digits", None
     if args.data.endswith(".npz"):
-        return *npz_data(args.data), None
-    if not any(Path(args.data).glob("[0-9]*.pt")):
-        return *folder_data(args, vae, rank, world), vae
-    images, labels, source = cached_data(args.data)
-    if args.flip:
-        raise ValueError("--flip: a cache holds its mirror images already, or none")
+        images, labels = npz_data(args.data)
+        content = hashlib.sha256(images.numpy().tobytes() + labels.tobytes())
+        return images, labels, content.hexdigest()[:12], None
+    cache = Path(args.data)
+    if not any(cache.glob("[0-9]*.pt")):
+        cache = encode_folder(args, vae, rank, world)
+    images, labels = cached_data(cache)
     if (images[0].dtype == torch.uint8) != (vae is None):
         raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
                          f"which does not fit --vae {args.vae}")
-    return images, labels, source, vae
+    return images, labels, cache.resolve().name, vae
 
 
 @functools.lru_cache(2)
@@ -206,17 +202,12 @@ def batch(images, labels, args, step, share=0, shares=1):
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
 
 
-def batches(images, labels, args, step, rank, world):
-    """Yields the batches from `step` on in --accum parts, each made while the one before is used:
-    part k of process `rank` is every (world * accum)-th sample from rank + world * k on."""
-    shares, ready = world * args.accum, None
-    with ThreadPoolExecutor(1) as pool:
-        for step in itertools.count(step):
-            for share in range(rank, shares, world):
-                ahead = pool.submit(batch, images, labels, args, step, share, shares)
-                if ready:
-                    yield ready.result()
-                ready = ahead
+def own_parts(images, labels, args, rank, world, step):
+    """Batch `step` of this process, in --accum parts: part k of process `rank` is every
+    (world * accum)-th sample from rank + world * k on."""
+    shares = world * args.accum
+    return [batch(images, labels, args, step, share, shares)
+            for share in range(rank, shares, world)]
 
 
 # ---- Training ----
@@ -247,8 +238,6 @@ def arguments():
     flag("--seed", type=number(int, 0), default=0, metavar="N", help="default: 0")
     flag("--log-every", type=COUNT, default=50, metavar="N", help="default: 50 steps")
     flag("--keep-every", type=COUNT, metavar="N", help="keep the EMA of every N-th step")
-    flag("--fid-ref", metavar="FILE.npz", help="log the FID to these statistics")
-    flag("--inception", metavar="FILE", help="for --fid-ref; default: downloaded once")
     args = parser.parse_args()
 
     # what depends on the model, on the data and on the machine
@@ -368,16 +357,17 @@ def schedule(step, args):
 
 
 def gradients(net, parts, args, device):
-    """loss_u, loss_v and the norm of the gradient of one batch, which comes in --accum parts."""
+    """loss_u, loss_v and the norm of the gradient of one batch, given in parts."""
     total = 0
-    for k in range(args.accum):
-        x, y, draws = next(parts)
-        net.require_backward_grad_sync = k == args.accum - 1  # as DDP.no_sync() does
+    for k, (x, y, draws) in enumerate(parts, 1):
+        if device.type == "cuda":  # the GPU copies from pinned memory by itself
+            x, draws = x.pin_memory(), draws._replace(noise=draws.noise.pin_memory())
+        x, y = imf.to_device(x, device), imf.to_device(y, device)
+        net.require_backward_grad_sync = k == len(parts)  # as DDP.no_sync() does
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss, log = imf.imf_loss(net, x.to(device), y.to(device), draws, args.tangent,
-                                     args.norm_eps)
-        (loss / args.accum).backward()
-        total += torch.stack((log["loss_u"], log["loss_v"])) / args.accum
+            loss, log = imf.imf_loss(net, x, y, draws, args.tangent, args.norm_eps)
+        (loss / len(parts)).backward()
+        total += torch.stack((log["loss_u"], log["loss_v"])) / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip, foreach=True)
     return torch.stack((*total, norm)).tolist()
 
@@ -397,20 +387,6 @@ def write_samples(path, ema, vae, seed):
     images = [part for steps in (1, 2)
               for part in sample.generate(ema, range(20), classes, seed, vae, steps=steps)]
     sample.write_sheet(path, np.concatenate(images), 10)
-
-
-def make_scorer(args, device):
-    """A function of a network and its VAE: the FID of samples to --fid-ref. Raises ValueError."""
-    statistics = fid.read_statistics(args.fid_ref)
-    if not statistics:
-        raise ValueError(f"--fid-ref {args.fid_ref}: no mu, sigma; fid.py FOLDER --save makes them")
-    inception = fid.Inception(args.inception).to(device)
-
-    def score(net, vae):
-        images = sample.generate(net, range(FID_NUM), range(net.num_classes), args.seed, vae)
-        features, _ = fid.extract(inception, images, FID_NUM, "fid")
-        return fid.frechet_distance(*fid.moments(features), *statistics)
-    return score
 
 
 def count_operations(net, x, y, draws):
@@ -454,16 +430,16 @@ def main():
     # the data, the run's state, new or continued, and the batches to come
     args = arguments()
     device, rank, world = sample.join(args.device, args.deterministic)
-    score = make_scorer(args, device) if args.fid_ref and rank == 0 else None
     images, labels, source, vae = load_data(args, device, rank, world)
     states, settings, step = start(args, images, labels, source, vae, device)
     net, ema, *optimizers = states.values()
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    parts = batches(images, labels, args, step, rank, world)
-    first = batch(images, labels, args, 0, rank, world * args.accum)
-    tera_ops = args.accum * count_operations(ema, *first) / 1e12
+    load = functools.partial(ThreadPoolExecutor(1).submit, own_parts, images, labels, args, rank,
+                             world)
+    ahead = load(step)
+    tera_ops = args.accum * count_operations(ema, *ahead.result()[0]) / 1e12
     out = Path(args.out)
     if rank == 0:
         trim_log(out / "log.jsonl", step)
@@ -473,6 +449,7 @@ def main():
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
             began = time.time()
+            parts, ahead = ahead.result(), load(step + 1)
             factor = schedule(step, args)
             loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
@@ -497,12 +474,10 @@ def main():
                 if rank == 0:
                     write_log(out / "log.jsonl", record, device)
 
-            # samples, FID and checkpoints; last.pt comes last: what a kill prevents is made again
+            # samples and checkpoints; last.pt comes last: what a kill prevents is made again
             due = step % args.save_every == 0
             if rank == 0 and (end or due and not stop):
                 write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
-                if score:
-                    write_log(out / "log.jsonl", {"step": step, "fid": score(ema, vae)}, device)
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", {"ema": ema}, step, settings)
             if rank == 0 and (end or due or stop):
