@@ -427,7 +427,7 @@ def catch_signals():
 
 
 def main():
-    # the data, the run's state, new or continued, and the batches to come
+    # the data, and the run's state, new or continued
     args = arguments()
     device, rank, world = sample.join(args.device, args.deterministic)
     images, labels, source, vae = load_data(args, device, rank, world)
@@ -436,6 +436,7 @@ def main():
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    # a thread makes each batch while the one before is used
     load = functools.partial(ThreadPoolExecutor(1).submit, own_parts, images, labels, args, rank,
                              world)
     ahead = load(step)

@@ -6,7 +6,8 @@
 CHECKPOINT is out/last.pt unless said otherwise. `digits` compares 500 samples with 20,000 real
 digits that the training has not seen, by the correlation of the pixels:
 
-    the share whose most similar real digit is of the class asked for; the mean similarity to it
+    the share whose most similar real digit is of the class asked for (the same for other real
+    digits); the mean similarity to it
     the highest similarity between two samples
     speckle: the RMS of the pixels (0 to 1) where that digit and its 3 x 3 surroundings are black
     the spread within a class (standard deviation) over that of real digits, by five features
@@ -67,6 +68,9 @@ def spread(images, labels):
 
 def judge_digits(net, omega, steps, n):
     real, real_labels = train.digits(20_000, seed=99)
+    others, other_labels = train.digits(n, seed=98)
+    nearest = (normalise(others) @ normalise(real).T).argmax(1)
+    print(f"other real digits: {(real_labels[nearest] == other_labels).mean():.1%} of {n}")
     samples, labels = draw(net, n, omega, steps)
     to_real = normalise(samples) @ normalise(real).T
     among = normalise(samples) @ normalise(samples).T - 2 * np.eye(n)  # not with itself
