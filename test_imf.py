@@ -515,7 +515,7 @@ def test_latents_are_drawn_from_the_posterior_and_normalised(small, flowers, tmp
     with torch.no_grad():
         z = x[:8] * sample.LATENT_STD + sample.LATENT_MEAN
         expected = (vae.decode(z).sample * 127.5 + 127.5).round().clamp(0, 255)
-    assert np.abs(decoded.astype(float) - expected.numpy()).max() <= 1
+    assert np.mean(decoded != expected.numpy()) < 0.01  # a sum may be rounded otherwise
     with pytest.raises(ValueError, match="4 channels of latents at 1/8"):
         sample.load_vae(save_vae(tmp_path / "other", 16, 1))
 
