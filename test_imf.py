@@ -387,7 +387,7 @@ def test_sample_writes_a_sheet_a_folder_or_an_npz(small, tmp_path, run):
         assert np.array_equal(sheet[top:top + 64:8, left:left + 64:8], image)
         assert np.array_equal(Image.open(tmp_path / f"new.folder/{i:06d}.png"), image)
 
-    found, classes = train.npz_data(tmp_path / "a.npz")
+    found, classes, _ = train.npz_data(tmp_path / "a.npz")
     assert np.array_equal(found, images.transpose(0, 3, 1, 2)) and np.array_equal(classes, labels)
     np.savez(tmp_path / "grey.npz", images[..., 0], labels)
     argv = ["--steps", 1, "--batch-size", 4, "--out", tmp_path / "out"]
@@ -433,8 +433,8 @@ def flowers(tmp_path):
 def encoded(data, **others):
     """(images, labels, cache) of a folder, as train.py encodes it, beside the folder."""
     args = dict(data=data, cache=None, image_size=16, flip=False, vae="none") | others
-    cache = train.encode_folder(types.SimpleNamespace(**args))
-    images, labels = train.cached_data(cache)
+    images, labels, name = train.folder_data(types.SimpleNamespace(**args))
+    cache = data.with_name(f"{data.name}-{args['image_size']}px") / name
     return torch.stack(list(images)), labels.tolist(), cache
 
 
@@ -493,7 +493,7 @@ def test_latents_are_drawn_from_the_posterior_and_normalised(small, flowers, tmp
     assert info["vae"] == name and Image.open(out / "step-000002.png").width == 10 * 68
 
     [cache] = (tmp_path / "flowers-32px").iterdir()
-    coded, labels = train.cached_data(cache)
+    coded, labels, _ = train.cached_data(cache)
     latents, vae = torch.stack(list(coded)), sample.load_vae(name)
     pixels, *_ = encoded(flowers, image_size=32)
     assert latents.shape == (6, 8, 4, 4) and latents.dtype == torch.float16

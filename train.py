@@ -104,9 +104,9 @@ def encode(paths, size, flip, vae, bar):
     return torch.cat(parts)
 
 
-def encode_folder(args, vae=None, rank=0, world=1):
-    """Encodes --data FOLDER into a cache, files of CHUNK images, of which process k of n makes
-    every n-th, and returns the path of the cache. Raises ValueError."""
+def folder_data(args, vae=None, rank=0, world=1):
+    """The data of --data FOLDER, by way of a cache: files of CHUNK images, of which process k of n
+    makes every n-th. Raises ValueError."""
     # the first process scans the folder and tells the others
     names, labels = sample.everyone(scan(args.data) if rank == 0 else None)[0]
     made_of = repr((names, args.image_size, args.flip, args.vae))
@@ -130,23 +130,23 @@ def encode_folder(args, vae=None, rank=0, world=1):
                 torch.save(chunk, file)
     if dist.is_initialized():  # others may still encode, for hours
         dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
-    return cache
+    return cached_data(cache)
 
 
 def cached_data(cache):
-    """(images, labels) in the chunks of a cache, mapped into memory. Raises ValueError."""
+    """The data in the chunks of a cache, mapped into memory. Raises ValueError."""
     chunks = [sample.load_file(path) for path in sorted(Path(cache).glob("[0-9]*.pt"))]
     with error_context(f"{cache} is damaged or incomplete"):
         labels = torch.cat([chunk["labels"] for chunk in chunks]).numpy()
         images = ConcatDataset([chunk["images"] for chunk in chunks])
         if not len(images) == len(labels) == chunks[0]["total"]:
             raise ValueError(f"{len(labels)} images and labels of {chunks[0]['total']}")
-        return images, labels
+        return images, labels, Path(cache).resolve().name
 
 
 def npz_data(path):
-    """(images, labels) in an .npz: square images uint8 (N, H, W) or (N, H, W, C) as arr_0, labels
-    (N,) as arr_1. Raises ValueError."""
+    """The data in an .npz: square images uint8 (N, H, W) or (N, H, W, C) as arr_0, labels (N,) as
+    arr_1. Raises ValueError."""
     images = fid.read_images(path)
     n, height, width, _ = images.shape
     with error_context(f"{path}: expected square images arr_0 and labels arr_1, from 0 on"):
@@ -154,7 +154,9 @@ def npz_data(path):
             labels = npz["arr_1"].astype(np.int64, casting="safe")
         if height != width or labels.shape != (n,) or not 0 <= labels.min() <= labels.max() < n:
             raise ValueError(f"they are {images.shape} and {labels.shape}")
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)), labels
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    content = hashlib.sha256(images.numpy().tobytes() + labels.tobytes())
+    return images, labels, content.hexdigest()[:12]
 
 
 def load_data(args, device, rank, world):
@@ -164,17 +166,15 @@ def load_data(args, device, rank, world):
         images, labels = digits(20_000)
         return torch.from_numpy(images), labels, "digits", None
     if args.data.endswith(".npz"):
-        images, labels = npz_data(args.data)
-        content = hashlib.sha256(images.numpy().tobytes() + labels.tobytes())
-        return images, labels, content.hexdigest()[:12], None
-    cache = Path(args.data)
-    if not any(cache.glob("[0-9]*.pt")):
-        cache = encode_folder(args, vae, rank, world)
-    images, labels = cached_data(cache)
+        return *npz_data(args.data), None
+    if any(Path(args.data).glob("[0-9]*.pt")):
+        images, labels, source = cached_data(args.data)
+    else:
+        images, labels, source = folder_data(args, vae, rank, world)
     if (images[0].dtype == torch.uint8) != (vae is None):
         raise ValueError(f"--data {args.data} holds {'latents' if vae is None else 'pixels'}, "
                          f"which does not fit --vae {args.vae}")
-    return images, labels, cache.resolve().name, vae
+    return images, labels, source, vae
 
 
 @functools.lru_cache(2)
