@@ -216,8 +216,11 @@ def read_batches(images, device):
             yield torch.cat(list(pool.map(tensor, images[start:start + 32])))
 
 
-def open_images(path, args, device):
-    """(number of images, batches of them) of A or B. Raises ValueError."""
+def open_side(path, args, device):
+    """((mu, sigma) or None, number of images, batches of them) of A or B. Raises ValueError."""
+    statistics = read_statistics(path) if path.endswith(".npz") else None
+    if statistics:
+        return statistics, 0, ()
     if os.path.isdir(path):
         images = sample.images_in(path)
     elif path.endswith(".npz"):
@@ -227,19 +230,18 @@ def open_images(path, args, device):
         if args.omega:
             guidance["omega"] = args.omega
         classes = range(net.num_classes)
-        return args.num, sample.generate(net, range(args.num), classes, args.seed, vae, **guidance)
+        return None, args.num, sample.generate(net, range(args.num), classes, args.seed, vae,
+                                               **guidance)
     if len(images) < 2:
         raise ValueError(f"{path}: {len(images)} images, expected two at least")
-    return len(images), read_batches(images, device)
+    return None, len(images), read_batches(images, device)
 
 
-def measure(path, args, device):
-    """((mu, sigma), features (N, 2048), logits (N, 1008)) of A or B; given statistics have neither
-    features nor logits. Raises ValueError."""
-    statistics = read_statistics(path) if path.endswith(".npz") else None
+def measure(statistics, num, batches, args, device):
+    """((mu, sigma), features (N, 2048), logits (N, 1008)) of an opened side; given statistics have
+    neither features nor logits. Raises ValueError."""
     if statistics:
         return statistics, (), ()
-    num, batches = open_images(path, args, device)
     inception, rows = Inception(args.inception).to(device), []
     with tqdm(total=num, unit=" images") as bar:
         for images in batches:
@@ -253,7 +255,7 @@ def measure(path, args, device):
 
 
 def main():
-    # the command line; a mistyped name is found before hours of work begin
+    # the command line; both sides are opened before hours of work begin
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("A", help="what is judged")
@@ -264,20 +266,22 @@ def main():
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
     sample.sampling_options(flag)
     args = parser.parse_args()
-    for path in (args.A, args.B or args.A):
-        if not os.path.exists(path):
-            raise ValueError(f"{path}: no such file or folder")
     if args.save:
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
     device, _, world = sample.join(args.device)
     if world > 1:
         raise ValueError("fid.py runs in one process: let sample.py write an .npz in several")
 
-    # the scores
+    sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
+
+    # A's statistics, and the scores
     scores = {}
-    (mu, sigma), features, logits = measure(args.A, args, device)
+    (mu, sigma), features, logits = measure(*sides[0], args, device)
+    if args.save:
+        with sample.atomic(args.save) as file:
+            np.savez(file, mu=mu, sigma=sigma)
     if args.B:
-        reference, real, _ = measure(args.B, args, device)
+        reference, real, _ = measure(*sides[1], args, device)
         scores["fid"] = frechet_distance(mu, sigma, *reference)
         if min(len(features), len(real)) > 3:
             found = precision_recall(features.to(device), real.to(device))
@@ -285,9 +289,6 @@ def main():
     if len(logits):
         scores["is"], scores["is_std"] = inception_score(logits)
     print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()))
-    if args.save:
-        with sample.atomic(args.save) as file:
-            np.savez(file, mu=mu, sigma=sigma)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def load_data(args, device, rank, world):
         return *npz_data(args.data), None
     if any(Path(args.data).glob("[0-9]*.pt")):
         images, labels, source = cached_data(args.data)
+        if args.flip:
+            raise ValueError("--flip: a cache holds its mirror images already, or none")
     else:
         images, labels, source = folder_data(args, vae, rank, world)
     if (images[0].dtype == torch.uint8) != (vae is None):
