@@ -237,12 +237,12 @@ def open_side(path, args, device):
     return None, len(images), read_batches(images, device)
 
 
-def measure(statistics, num, batches, args, device):
+def measure(inception, statistics, num, batches):
     """((mu, sigma), features (N, 2048), logits (N, 1008)) of an opened side; given statistics have
     neither features nor logits. Raises ValueError."""
     if statistics:
         return statistics, (), ()
-    inception, rows = Inception(args.inception).to(device), []
+    rows = []
     with tqdm(total=num, unit=" images") as bar:
         for images in batches:
             rows.append(torch.cat(inception(images), 1).cpu())
@@ -271,17 +271,17 @@ def main():
     device, _, world = sample.join(args.device)
     if world > 1:
         raise ValueError("fid.py runs in one process: let sample.py write an .npz in several")
-
     sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
+    inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
 
     # A's statistics, and the scores
     scores = {}
-    (mu, sigma), features, logits = measure(*sides[0], args, device)
+    (mu, sigma), features, logits = measure(inception, *sides[0])
     if args.save:
         with sample.atomic(args.save) as file:
             np.savez(file, mu=mu, sigma=sigma)
     if args.B:
-        reference, real, _ = measure(*sides[1], args, device)
+        reference, real, _ = measure(inception, *sides[1])
         scores["fid"] = frechet_distance(mu, sigma, *reference)
         if min(len(features), len(real)) > 3:
             found = precision_recall(features.to(device), real.to(device))

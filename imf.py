@@ -109,7 +109,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 
 
 def to_device(values, device):
-    """A copy on the device; the CPU goes on before a GPU has it (on MPS that would be unsafe)."""
+    """The values on a device. With CUDA the CPU does not wait for the copy; with MPS it must."""
     return values.to(device, non_blocking=device.type == "cuda")
 
 

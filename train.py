@@ -153,7 +153,8 @@ def npz_data(path):
         with np.load(path, allow_pickle=False) as npz:
             labels = npz["arr_1"].astype(np.int64, casting="safe")
         if height != width or labels.shape != (n,) or not 0 <= labels.min() <= labels.max() < n:
-            raise ValueError(f"they are {images.shape} and {labels.shape}")
+            raise ValueError(f"they are {images.shape}, and {labels.shape} from {labels.min()} to "
+                             f"{labels.max()}")
     images = torch.from_numpy(images.transpose(0, 3, 1, 2))
     content = hashlib.sha256(images.numpy().tobytes() + labels.tobytes())
     return images, labels, content.hexdigest()[:12]
@@ -438,11 +439,10 @@ def main():
     parallel = net
     if dist.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    # a thread makes each batch while the one before is used
-    load = functools.partial(ThreadPoolExecutor(1).submit, own_parts, images, labels, args, rank,
-                             world)
-    ahead = load(step)
-    tera_ops = args.accum * count_operations(ema, *ahead.result()[0]) / 1e12
+    pool = ThreadPoolExecutor(1)  # it makes each batch while the one before is used
+    data = images, labels, args, rank, world
+    next_parts = pool.submit(own_parts, *data, step)
+    tera_ops = args.accum * count_operations(ema, *next_parts.result()[0]) / 1e12
     out = Path(args.out)
     if rank == 0:
         trim_log(out / "log.jsonl", step)
@@ -452,7 +452,8 @@ def main():
         while step < args.steps and not stop:
             # the gradient of one batch, and the update if it is finite
             began = time.time()
-            parts, ahead = ahead.result(), load(step + 1)
+            parts = next_parts.result()
+            next_parts = pool.submit(own_parts, *data, step + 1)
             factor = schedule(step, args)
             loss_u, loss_v, norm = gradients(parallel, parts, args, device)
             if math.isfinite(norm):
