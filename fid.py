@@ -1,14 +1,12 @@
 """The scores that papers report: FID, Inception Score, improved precision and recall.
 
-    python fid.py iMF-XL-2.pth stats.npz                 of 50,000 samples
-    python fid.py images/ photos/                        precision and recall as well
-    python fid.py photos/ --save stats.npz               statistics to compare with later
+    python fid.py images.npz photos-32px        images that sample.py wrote, and decoded photos
+    python fid.py photos/ --save stats.npz      statistics to compare with later
 
-A and B: folders of images, .npz of images (arr_0) or of statistics (mu, sigma), or checkpoints."""
+A and B: folders of pictures, decoded folders, .npz of images (arr_0) or statistics (mu, sigma)."""
 
-import os
+import re
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,109 +23,97 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
-def convolution(channels, out_channels, kernel_size, stride=1, padding="same"):
-    conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=False)
-    norm = nn.BatchNorm2d(out_channels, eps=0.001)
-    return nn.Sequential(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))
+def conv(channels, out_channels, kernel_size, stride=1, padding="same"):
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=False),
+        bn=nn.BatchNorm2d(out_channels, eps=0.001), relu=nn.ReLU(inplace=True)))
 
 
-class Mixed(nn.Module):
-    """Branches side by side: each a list of steps, {name: arguments of its convolution}. Two
-    convolutions in one step read the same input. An empty branch is the pool itself, and one that
-    begins with "branch_pool" reads the pool."""
-
-    def __init__(self, channels, pool, *branches):
-        super().__init__()
-        self.pool, self.branches = pool, branches
-        for branch in branches:
-            width = channels
-            for step in branch:
-                for name, sizes in step.items():
-                    self.add_module(name, convolution(width, *sizes))
-                width = sizes[0]
-
+class Parallel(nn.ModuleDict):
     def forward(self, x):
-        outputs = []
-        for branch in self.branches:
-            y = self.pool(x) if not branch or "branch_pool" in branch[0] else x
-            for step in branch:
-                y = torch.cat([self.get_submodule(name)(y) for name in step], 1)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
+        return torch.cat([branch(x) for branch in self.values()], 1)
 
 
-def chain(name, *sizes):
-    return [{f"{name}_{i}": size} for i, size in enumerate(sizes, 1)]
+def mixed_5(n, pool):
+    return Parallel({
+        "branch1x1": conv(n, 64, 1),
+        "branch5x5": nn.Sequential(conv(n, 48, 1), conv(48, 64, 5)),
+        "branch3x3dbl": nn.Sequential(conv(n, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
+        "branch_pool": nn.Sequential(AVERAGE, conv(n, pool, 1))})
 
 
-def mixed_5(channels, pool_channels):
-    return Mixed(
-        channels, AVERAGE, [{"branch1x1": (64, 1)}], chain("branch5x5", (48, 1), (64, 5)),
-        chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)), [{"branch_pool": (pool_channels, 1)}])
+def mixed_6a():
+    return Parallel({
+        "branch3x3": conv(288, 384, 3, 2, 0),
+        "branch3x3dbl": nn.Sequential(conv(288, 64, 1), conv(64, 96, 3), conv(96, 96, 3, 2, 0)),
+        "branch_pool": nn.MaxPool2d(3, 2)})
 
 
 def mixed_6(n):
     row, column = (1, 7), (7, 1)
-    return Mixed(
-        768, AVERAGE, [{"branch1x1": (192, 1)}],
-        chain("branch7x7", (n, 1), (n, row), (192, column)),
-        chain("branch7x7dbl", (n, 1), (n, column), (n, row), (n, column), (192, row)),
-        [{"branch_pool": (192, 1)}])
+    return Parallel({
+        "branch1x1": conv(768, 192, 1),
+        "branch7x7": nn.Sequential(conv(768, n, 1), conv(n, n, row), conv(n, 192, column)),
+        "branch7x7dbl": nn.Sequential(conv(768, n, 1), conv(n, n, column), conv(n, n, row),
+                                      conv(n, n, column), conv(n, 192, row)),
+        "branch_pool": nn.Sequential(AVERAGE, conv(768, 192, 1))})
 
 
-def mixed_7(channels, pool):
-    row, column = (384, (1, 3)), (384, (3, 1))
-    return Mixed(
-        channels, pool, [{"branch1x1": (320, 1)}],
-        [{"branch3x3_1": (384, 1)}, {"branch3x3_2a": row, "branch3x3_2b": column}],
-        [{"branch3x3dbl_1": (448, 1)}, {"branch3x3dbl_2": (384, 3)},
-         {"branch3x3dbl_3a": row, "branch3x3dbl_3b": column}],
-        [{"branch_pool": (192, 1)}])
+def mixed_7a():
+    return Parallel({
+        "branch3x3": nn.Sequential(conv(768, 192, 1), conv(192, 320, 3, 2, 0)),
+        "branch7x7x3": nn.Sequential(conv(768, 192, 1), conv(192, 192, (1, 7)),
+                                     conv(192, 192, (7, 1)), conv(192, 192, 3, 2, 0)),
+        "branch_pool": nn.MaxPool2d(3, 2)})
+
+
+def mixed_7(n, pool):
+    def fork(channels):
+        return Parallel({"a": conv(channels, 384, (1, 3)), "b": conv(channels, 384, (3, 1))})
+
+    return Parallel({
+        "branch1x1": conv(n, 320, 1),
+        "branch3x3": nn.Sequential(conv(n, 384, 1), fork(384)),
+        "branch3x3dbl": nn.Sequential(conv(n, 448, 1), conv(448, 384, 3), fork(384)),
+        "branch_pool": nn.Sequential(pool, conv(n, 192, 1))})
+
+
+def published(name):
+    """The published name of one of our parameters: branch3x3.1.a becomes branch3x3_2a."""
+    name = name.replace("layers.", "").replace("branch_pool.1", "branch_pool")
+    return re.sub(r"(branch\w+)\.(\d)\.?([ab]?)\.",
+                  lambda found: f"{found[1]}_{int(found[2]) + 1}{found[3]}.", name)
 
 
 class Inception(nn.Module):
-    """The Inception of 2015-12-05; its modules have the names of the published state dict.
-    Images (B, 1 or 3, H, W), 0 to 255 -> features (B, 2048), logits (B, 1008) without the bias."""
+    """The Inception of 2015-12-05: images (B, 1 or 3, H, W), 0 to 255 -> features (B, 2048), logits
+    (B, 1008) without the bias. weights: path of the state dict, or None. Raises ValueError."""
 
     def __init__(self, weights=None):
-        """weights: the path of the state dict; None downloads it. Raises ValueError."""
         super().__init__()
-        self.Conv2d_1a_3x3 = convolution(3, 32, 3, 2, 0)
-        self.Conv2d_2a_3x3 = convolution(32, 32, 3, 1, 0)
-        self.Conv2d_2b_3x3 = convolution(32, 64, 3)
-        self.pool_1 = nn.MaxPool2d(3, 2)
-        self.Conv2d_3b_1x1 = convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = convolution(80, 192, 3, 1, 0)
-        self.pool_2 = nn.MaxPool2d(3, 2)
-        self.Mixed_5b, self.Mixed_5c = mixed_5(192, 32), mixed_5(256, 64)
-        self.Mixed_5d = mixed_5(288, 64)
-        self.Mixed_6a = Mixed(
-            288, nn.MaxPool2d(3, 2), [{"branch3x3": (384, 3, 2, 0)}],
-            chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)), [])
-        self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
-        self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
-        self.Mixed_7a = Mixed(
-            768, nn.MaxPool2d(3, 2), chain("branch3x3", (192, 1), (320, 3, 2, 0)),
-            chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)), [])
-        self.Mixed_7b = mixed_7(1280, AVERAGE)
-        self.Mixed_7c = mixed_7(2048, nn.MaxPool2d(3, 1, 1))
+        self.layers = nn.Sequential(OrderedDict(
+            Conv2d_1a_3x3=conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=conv(32, 32, 3, 1, 0),
+            Conv2d_2b_3x3=conv(32, 64, 3), pool_1=nn.MaxPool2d(3, 2),
+            Conv2d_3b_1x1=conv(64, 80, 1), Conv2d_4a_3x3=conv(80, 192, 3, 1, 0),
+            pool_2=nn.MaxPool2d(3, 2), Mixed_5b=mixed_5(192, 32), Mixed_5c=mixed_5(256, 64),
+            Mixed_5d=mixed_5(288, 64), Mixed_6a=mixed_6a(), Mixed_6b=mixed_6(128),
+            Mixed_6c=mixed_6(160), Mixed_6d=mixed_6(160), Mixed_6e=mixed_6(192),
+            Mixed_7a=mixed_7a(), Mixed_7b=mixed_7(1280, AVERAGE),
+            Mixed_7c=mixed_7(2048, nn.MaxPool2d(3, 1, 1))))
         self.fc = nn.Linear(2048, 1008)
-
-        with sample.error_context(f"no Inception in {weights or URL} (--inception FILE)"):
+        with sample.reading(weights or URL, "expected the Inception; or give --inception FILE"):
             state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
                 URL, map_location="cpu", check_hash=True, weights_only=True)
-            self.load_state_dict(state)
+            self.load_state_dict({name: state[published(name)] for name in self.state_dict()
+                                  if not name.endswith("num_batches_tracked")}, strict=False)
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
-        x = (resize(torch.as_tensor(images, device=self.fc.weight.device)) - 128) / 128
-        *layers, fc = self.children()
-        for layer in layers:
-            x = layer(x)
-        features = x.mean((2, 3))
-        logits = F.linear(features.cpu(), fc.weight.cpu())  # not in TF32
+        images = torch.as_tensor(images, device=self.fc.weight.device)
+        features = self.layers((resize(images) - 128) / 128).mean((2, 3))
+        logits = F.linear(features.cpu(), self.fc.weight.cpu())  # not in TF32
         return features, logits.to(features.device)
 
 
@@ -141,26 +127,25 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): mu (D,), sigma (D, D)."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(s, np.float64) for s in (mu1, sigma1, mu2, sigma2))
 
-    # sigma1 = L L^T, pivoted as it may be singular: L^T sigma2 L has the eigenvalues of
-    # sigma1 sigma2 and is symmetric; the trace of a root is the sum of their roots
-    L, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=True)
-    L = np.tril(L)[pivots.argsort(), :rank]
-    roots = np.linalg.eigvalsh(L.T @ sigma2 @ L).clip(0) ** 0.5
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * roots.sum()
-    return float(np.maximum(distance, 0))  # rounding may lead below zero; NaN stays NaN
+    # sigma1 = root root: then root sigma2 root is symmetric and has the eigenvalues of the product
+    eigenvalues, vectors = np.linalg.eigh(sigma1)
+    root = vectors * eigenvalues.clip(0) ** 0.5 @ vectors.T
+    of_product = np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * (of_product**0.5).sum()
+    return float(np.maximum(distance, 0))  # rounding may lead below zero
 
 
 def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
-    p, splits = logits.double().softmax(1).numpy(), min(splits, len(logits))
-    parts = np.split(p, [i * len(p) // splits for i in range(1, splits)])
+    p = logits.double().softmax(1).numpy()
+    parts = np.array_split(p, min(splits, len(p)))
     scores = [np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()) for part in parts]
     return np.mean(scores), np.std(scores)
 
 
 def precision_recall(generated, real, k=3):
-    """(precision, recall), the fractions of one set within the manifold of the other: the union of
-    the balls from each of its points to the k-th neighbour. Features (N, D), N > k."""
+    """(precision, recall): the fraction of one set within the other's manifold, which is the union
+    of the balls from each point to the k-th neighbour. Features (N, D), N > k."""
     def fraction(x, y):
         x, y = x.double(), y.double()
         radius = torch.cat([torch.cdist(part, y).topk(k + 1, largest=False).values[:, k]
@@ -173,85 +158,49 @@ def precision_recall(generated, real, k=3):
 
 def moments(features):
     """(mu, sigma) of features (N, D), in float64."""
-    mu = features.mean(0, dtype=torch.float64)
-    centred = (part.double() - mu for part in features.split(1000))
-    return mu, sum(part.T @ part for part in centred) / (len(features) - 1)
+    return features.double().mean(0), features.double().T.cov()
 
 
-def read_statistics(path):
-    """(mu, sigma) or (ref_mu, ref_sigma) of an .npz; None if it has neither. Raises ValueError."""
-    with sample.error_context(f"{path}: expected images arr_0, or mu and sigma of 2048 features"):
-        with np.load(path, allow_pickle=False) as npz:
-            prefix = "" if "mu" in npz else "ref_"
-            if f"{prefix}mu" not in npz:
-                return None
-            mu, sigma = npz[f"{prefix}mu"], npz[f"{prefix}sigma"]
-        if (mu.shape, sigma.shape) != ((2048,), (2048, 2048)):
-            raise ValueError(f"they are {mu.shape} and {sigma.shape}")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError("they are not finite")
-        return mu, sigma
+def read(path):
+    """((mu, sigma) or None, pictures: paths, an array (N, C, H, W), or []) of A or B."""
+    if Path(path, "about.json").exists():
+        with sample.reading(path, "expected decoded pictures, not latents"):
+            images = np.load(Path(path, "images.npy"), mmap_mode="r")
+            return None, images.view(np.uint8).reshape(len(images), 3, *images.shape[2:])
+    if not path.endswith(".npz"):
+        return None, sample.images_in(path)
+    arrays = sample.read_npz(path)
+    prefix = "ref_" if "ref_mu" in arrays else ""  # the authors' names
+    statistics = arrays.get(f"{prefix}mu"), arrays.get(f"{prefix}sigma")
+    if statistics[0] is None and "arr_0" in arrays:
+        return None, arrays["arr_0"]
+    if [np.shape(values) for values in statistics] != [(2048,), (2048, 2048)]:
+        raise ValueError(f"{path}: expected images arr_0, or mu and sigma of 2048 features")
+    return statistics, arrays.get("arr_0", [])
 
 
-def read_images(path):
-    """The arr_0 of an .npz as uint8 (N, H, W, 1 or 3); N = 0 without one. Raises ValueError."""
-    with sample.error_context(f"{path}: expected arr_0, uint8 (N, H, W) or (N, H, W, 3)"):
-        with np.load(path, allow_pickle=False) as npz:
-            images = npz["arr_0"] if "arr_0" in npz else np.empty((0, 1, 1, 3), np.uint8)
-        images = images[..., None] if images.ndim == 3 else images
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise ValueError(f"it is {images.dtype} {images.shape}")
-        return images
+def batches(pictures):
+    """Yields tensors (b, C, H, W): arrays as they are, files one by one, as their sizes differ."""
+    for start in range(0, len(pictures), 32):
+        part = pictures[start:start + 32]
+        if isinstance(part, list):
+            yield from (np.array(sample.open_image(path)).transpose(2, 0, 1)[None] for path in part)
+        else:
+            yield np.array(part)
 
 
-def read_batches(images, device):
-    """Yields tensors (b, 3, 299, 299) of files or of arrays (H, W, C), 32 at a time."""
-    def tensor(image):
-        if isinstance(image, str):
-            image = np.array(sample.open_image(image))
-        return resize(torch.tensor(image, device=device).permute(2, 0, 1)[None])
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(images), 32):
-            yield torch.cat(list(pool.map(tensor, images[start:start + 32])))
-
-
-def open_side(path, args, device):
-    """((mu, sigma) or None, number of images, batches of them) of A or B. Raises ValueError."""
-    statistics = read_statistics(path) if path.endswith(".npz") else None
-    if statistics:
-        return statistics, 0, ()
-    if os.path.isdir(path):
-        images = sample.images_in(path)
-    elif path.endswith(".npz"):
-        images = read_images(path)
-    else:
-        net, vae, guidance = sample.prepare(path, args, device)
-        if args.omega:
-            guidance["omega"] = args.omega
-        classes = range(net.num_classes)
-        return None, args.num, sample.generate(net, range(args.num), classes, args.seed, vae,
-                                               **guidance)
-    if len(images) < 2:
-        raise ValueError(f"{path}: {len(images)} images, expected two at least")
-    return None, len(images), read_batches(images, device)
-
-
-def measure(inception, statistics, num, batches):
-    """((mu, sigma), features (N, 2048), logits (N, 1008)) of an opened side; given statistics have
-    neither features nor logits. Raises ValueError."""
-    if statistics:
-        return statistics, (), ()
-    rows = []
-    with tqdm(total=num, unit=" images") as bar:
-        for images in batches:
+def evaluate(inception, statistics, pictures):
+    """((mu, sigma), features (N, 2048), logits (N, 1008), size of the first picture)."""
+    rows, size = [torch.empty(0, 2048 + 1008)], None
+    with tqdm(total=len(pictures), unit=" images") as bar:
+        for images in batches(pictures):
+            size = size or images.shape[2:]
             rows.append(torch.cat(inception(images), 1).cpu())
             bar.update(len(images))
     features, logits = torch.cat(rows).split((2048, 1008), 1)
-    if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError("features are not finite: these are not the Inception weights expected")
-    # torch-fidelity shuffles before it splits for the Inception Score
-    return moments(features), features, logits[np.random.RandomState(2020).permutation(num)]
+    if not features.isfinite().all() or len(features) == 1:
+        raise ValueError("expected two pictures at least, and finite features of the Inception")
+    return statistics or moments(features), features, logits, size
 
 
 def main():
@@ -260,34 +209,32 @@ def main():
     flag = parser.add_argument
     flag("A", help="what is judged")
     flag("B", nargs="?", help="what it is compared with; without B: the Inception Score alone")
-    flag("--omega", type=sample.number(float, 1e-6), metavar="W", help="guidance scale")
-    flag("--num", type=sample.number(int, 2), default=50_000, help="images to sample; 50000")
     flag("--save", metavar="FILE.npz", help="keep A's statistics")
     flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
-    sample.sampling_options(flag)
     args = parser.parse_args()
-    if args.save:
-        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
-    device, _, world = sample.join(args.device)
-    if world > 1:
-        raise ValueError("fid.py runs in one process: let sample.py write an .npz in several")
-    sides = [open_side(path, args, device) for path in (args.A, args.B) if path]
-    inception = Inception(args.inception).to(device) if any(num for _, num, _ in sides) else None
+    device, *_ = sample.join(args.device)
+    sides = [read(path) for path in (args.A, args.B) if path]
+    if not args.B and not len(sides[0][1]):
+        raise ValueError(f"{args.A} holds statistics alone: give B to compare them with")
+    inception = None
+    if any(len(pictures) for _, pictures in sides):
+        inception = Inception(args.inception).to(device)
 
     # A's statistics, and the scores
     scores = {}
-    (mu, sigma), features, logits = measure(inception, *sides[0])
+    (mu, sigma), features, logits, size = evaluate(inception, *sides[0])
     if args.save:
-        with sample.atomic(args.save) as file:
-            np.savez(file, mu=mu, sigma=sigma)
+        np.savez(Path(args.save).with_suffix(".npz"), mu=mu, sigma=sigma)
     if args.B:
-        reference, real, _ = measure(inception, *sides[1])
+        reference, real, _, real_size = evaluate(inception, *sides[1])
+        if size and real_size and size != real_size:
+            print(f"A is {size}, B {real_size}, which FID notices: decode B to the size of A")
         scores["fid"] = frechet_distance(mu, sigma, *reference)
         if min(len(features), len(real)) > 3:
-            found = precision_recall(features.to(device), real.to(device))
-            scores["precision"], scores["recall"] = found
-    if len(logits):
-        scores["is"], scores["is_std"] = inception_score(logits)
+            scores["precision"], scores["recall"] = precision_recall(features, real)
+    if len(logits):  # torch-fidelity shuffles before it splits
+        shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
+        scores["is"], scores["is_std"] = inception_score(shuffled)
     print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()))
 
 

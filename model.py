@@ -4,35 +4,16 @@
     trunk      depth - head_depth blocks, shared
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
-The blocks are not told t, only h = t - r: they infer the noise level from z_t. Sampling needs no
-v-head. In pixel space the last layer predicts the clean image, which is easier to predict than
-noise; both velocities follow from it (pixel MeanFlow, arXiv 2601.22158)."""
+The blocks are told h = t - r but not t: a noisy image shows its noise. Sampling needs no v-head. In
+pixel space the last layer predicts the clean image, as pixel MeanFlow does (arXiv 2601.22158)."""
 
-import functools, math
+import math
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
-
-
-def rotations(n, head_dim, device):
-    """The angles index * 10000^(-2 k / head_dim) as (cos, sin), float32 (n, head_dim / 2, 2)."""
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angles = torch.arange(n, device=device)[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()), -1)
-
-
-def rotate(x, rotary):
-    """Rotary embedding of x (..., n, head_dim): the pairs (0, 1), (2, 3), ... are rotated."""
-    pairs = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler makes no code for complex numbers
-        cos, sin = rotary.split(1, -1)
-        return (pairs * cos + pairs.flip(-1) * torch.cat((-sin, sin), -1)).flatten(-2)
-    product = torch.view_as_complex(pairs) * torch.view_as_complex(rotary)
-    return torch.view_as_real(product).flatten(-2)
 
 
 class Linear(nn.Linear):
@@ -45,6 +26,20 @@ class Linear(nn.Linear):
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
 
 
+def rotary_angles(n, head_dim, device):
+    """cos and sin, float32 (n, head_dim / 2), of the angles index * 10000^(-2 k / head_dim)."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angles = torch.arange(n, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rotary):
+    """Rotary embedding of x (..., n, head_dim): the pairs (0, 1), (2, 3), ... are rotated."""
+    cos, sin = rotary
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., n, head_dim / 2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
 class Attention(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
@@ -55,12 +50,12 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
     def forward(self, x, rotary):
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                   for part in self.qkv_proj(x).chunk(3, -1))  # each (B, heads, n, head_dim)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))  # (B, n, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, head_dim)
         q = rotate(self.q_norm(q.float()), rotary).type_as(v)
         k = rotate(self.k_norm(k.float()), rotary).type_as(v)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(x.transpose(1, 2).flatten(-2))
+        return self.out_proj(x.transpose(1, 2).flatten(-2))  # (B, n, hidden)
 
 
 class SwiGLU(nn.Module):
@@ -71,7 +66,7 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(width, hidden_size, bias=False)
 
     def forward(self, x):
-        w1x, w3x = self.w13(x).chunk(2, -1)
+        w1x, w3x = self.w13(x).chunk(2, -1)  # each (B, n, width)
         return self.w2(F.silu(w1x) * w3x)
 
 
@@ -84,17 +79,18 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
-        for linear in (self.attn.qkv_proj, self.attn.out_proj, self.mlp.w13, self.mlp.w2):
-            nn.init.normal_(linear.weight, std=0.32 / math.sqrt(linear.in_features))
 
-    def forward(self, x, dx, rotary):
-        """x and its tangent dx, or None, after the block. They are passed separately, as compiled
-        code takes no dual tensors."""
-        if dx is not None:
-            x = forward_ad.make_dual(x, dx)
+    def forward(self, x, rotary):
         x = x + self.attn_scale * self.attn(self.norm1(x), rotary)
-        x = x + self.mlp_scale * self.mlp(self.norm2(x))
-        return forward_ad.unpack_dual(x)
+        return x + self.mlp_scale * self.mlp(self.norm2(x))
+
+
+def run_block(block, x, dx, rotary):
+    """The block's output and its tangent, for x and its tangent dx (None outside a JVP). Tangents
+    go in and out by themselves because compiled code takes no dual tensors."""
+    if dx is not None:
+        x = forward_ad.make_dual(x, dx)
+    return forward_ad.unpack_dual(block(x, rotary))
 
 
 class ScalarEmbedder(nn.Module):
@@ -104,9 +100,6 @@ class ScalarEmbedder(nn.Module):
         super().__init__()
         first, last = Linear(256, hidden_size), Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
-        for linear in (first, last):
-            nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
-            nn.init.zeros_(linear.bias)
 
     def forward(self, scalar):
         index = torch.arange(128, device=scalar.device)
@@ -115,10 +108,8 @@ class ScalarEmbedder(nn.Module):
 
 
 def final_layer(hidden_size, out_features):
-    linear = Linear(hidden_size, out_features)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(OrderedDict(norm=nn.RMSNorm(hidden_size, eps=1e-6), linear=linear))
+    return nn.Sequential(OrderedDict(
+        norm=nn.RMSNorm(hidden_size, eps=1e-6), linear=Linear(hidden_size, out_features)))
 
 
 class DiT(nn.Module):
@@ -132,16 +123,14 @@ class DiT(nn.Module):
                  num_heads, head_depth, predict="u"):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size} is no multiple of {patch_size} below 4096")
-        if hidden_size % (2 * num_heads) or not 1 <= head_depth <= depth:
-            raise ValueError(f"{hidden_size=} {num_heads=} {depth=} {head_depth=} do not fit")
+            raise ValueError(f"image size {image_size} is not a multiple of {patch_size}")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
         self.predict = predict
-        self.grad_checkpoint = False  # True: compute activations twice, to save memory
+        self.run_block = run_block  # or its compiled form
 
         def tokens(n):
-            return nn.Parameter(torch.randn(n, hidden_size) / math.sqrt(hidden_size))
+            return nn.Parameter(torch.empty(n, hidden_size))
 
         def blocks(n):
             return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(n))
@@ -153,14 +142,26 @@ class DiT(nn.Module):
         self.t_max_tokens, self.t_max_embedder = tokens(2), ScalarEmbedder(hidden_size)
         self.time_tokens, self.h_embedder = tokens(4), ScalarEmbedder(hidden_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
-        nn.init.normal_(self.y_embedder.weight, std=1 / math.sqrt(hidden_size))
-        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as of a Linear; it is a view
-        nn.init.zeros_(self.x_embedder.bias)
 
         self.shared_blocks = blocks(depth - head_depth)
         self.u_heads, self.v_heads = blocks(head_depth), blocks(head_depth)
         self.u_final_layer = final_layer(hidden_size, patch_size**2 * channels)
         self.v_final_layer = final_layer(hidden_size, patch_size**2 * channels)
+        self.initialise()
+
+    def initialise(self):
+        """The release's initial weights: blocks are the identity, and the last layers give 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                scale = 1 if "embedder" in name else 0 if "final" in name else 0.32
+                nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if "tokens" in name or "y_embedder" in name:
+                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as of a Linear; it is a view
+        nn.init.zeros_(self.x_embedder.bias)
 
     def forward(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
@@ -179,56 +180,50 @@ class DiT(nn.Module):
         """The velocity from the image x to z at time t (B,): (z - x) / max(t, 0.05)."""
         return (z - x) / t.clamp(min=0.05).view(-1, 1, 1, 1)  # smaller t would amplify errors
 
-    def compile(self, **options):
-        """torch.compile of every block, in place; all blocks share their compiled code."""
+    def compile_blocks(self, **options):
+        """torch.compile of run_block, whose code serves all blocks."""
         torch._dynamo.config.optimize_ddp = False  # or DDP would split the compiled blocks
-        for block in (*self.shared_blocks, *self.u_heads, *(self.v_heads or ())):
-            block.compile(**options)
+        self.run_block = torch.compile(run_block, **options)
 
     def _trunk(self, z, h, omega, t_min, t_max, y):
         sequence = torch.cat((
-            self.class_tokens + self.y_embedder(y)[:, None],
+            self.class_tokens + self.y_embedder(y)[:, None],  # (B, 8, hidden)
             self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],
             self.t_min_tokens + self.t_min_embedder(t_min)[:, None],
             self.t_max_tokens + self.t_max_embedder(t_max)[:, None],
             self.time_tokens + self.h_embedder(h)[:, None],
-            self.x_embedder(z).flatten(2).transpose(1, 2),
+            self.x_embedder(z).flatten(2).transpose(1, 2),  # (B, patches, hidden)
         ), 1)
         return self._run(self.shared_blocks, sequence)
 
     def _run(self, blocks, x):
         x, dx = forward_ad.unpack_dual(x)
-        rotary = rotations(x.shape[1], self.head_dim, x.device)
+        rotary = rotary_angles(x.shape[1], self.head_dim, x.device)
         for block in blocks:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                block = functools.partial(checkpoint, block, use_reentrant=False)
-            x, dx = block(x, dx, rotary)
+            x, dx = self.run_block(block, x, dx, rotary)
         return x if dx is None else forward_ad.make_dual(x, dx)
 
     def _branch(self, blocks, final_layer, features, z, t):
         if blocks is None:
             raise ValueError("these weights have no v-head: they can sample, not train")
         n, p = self.image_size // self.patch_size, self.patch_size
-
-        # the patch tokens (B, n * n, p * p * C) as an image (B, C, H, W)
-        out = final_layer(self._run(blocks, features)[:, -n * n:]).float()
-        out = out.unflatten(2, (p, p, -1)).unflatten(1, (n, n))
-        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        patches = self._run(blocks, features)[:, -n * n:]
+        out = final_layer(patches).float().unflatten(2, (p, p, -1)).unflatten(1, (n, n))
+        out = torch.einsum("bhwpqc->bchpwq", out).flatten(4).flatten(2, 3)  # (B, C, H, W)
         return out if self.predict == "u" else self.velocity_from(out, z, t)
 
 
 def from_state(state, image_size=32, predict="u"):
-    """The DiT whose state_dict() this is, not copied; the other sizes are read off the shapes.
-
-    Raises KeyError, ValueError, RuntimeError, ... if it is not the state dict of a DiT."""
+    """The DiT whose state_dict() this is, not copied; all other sizes are read off the shapes.
+    Raises KeyError, RuntimeError (as load_state_dict) or ValueError if it is not that of a DiT."""
     shared, u, v = (len({name.split(".")[1] for name in state if name.startswith(blocks)})
                     for blocks in ("shared_blocks.", "u_heads.", "v_heads."))
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
     num_classes = len(state["y_embedder.weight"]) - 1
     num_heads = hidden_size // len(state["u_heads.0.attn.q_norm.weight"])
     with torch.device("meta"):
-        net = DiT(image_size, channels, num_classes, patch_size, hidden_size,
-                  shared + u, num_heads, u, predict)
+        net = DiT(image_size, channels, num_classes, patch_size, hidden_size, shared + u,
+                  num_heads, u, predict)
     if v == 0:
         net.v_heads = None
     net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
@@ -241,9 +236,8 @@ RELEASED_NAMES = (("net.", ""), ("._flax_linear", ""), ("x_embedder.proj", "x_em
 
 
 def from_official(state_dict, image_size=32):
-    """The DiT of the authors' released weights: each parameter is a rename or a concatenation.
-
-    Their files lack the v-head's blocks; a complete one loads complete. Raises like from_state."""
+    """The DiT of the authors' released weights, which lack the v-head's blocks: each parameter is
+    a rename or a concatenation. Raises like from_state."""
     state = {}
     for name, value in state_dict.items():
         for theirs, ours in RELEASED_NAMES:
@@ -251,15 +245,26 @@ def from_official(state_dict, image_size=32):
         state[name] = value
     for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("w13", ("w1", "w3"))):
         for first in [name for name in state if f".{parts[0]}." in name]:
-            values = [state.pop(first.replace(parts[0], part)) for part in parts]
-            state[first.replace(parts[0], whole)] = torch.cat(values)
+            names = [first.replace(parts[0], part) for part in parts]
+            state[first.replace(parts[0], whole)] = torch.cat([state.pop(name) for name in names])
     return from_state(state, image_size)
 
 
-MODELS = {  # parameters to sample: 89 M, 174 M, 409 M, 610 M for 32 x 32 x 4 and 1000 classes
-    "tiny": dict(patch_size=8, hidden_size=96, depth=4, num_heads=8, head_depth=1),
-    "B/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12, head_depth=8),
-    "M/2": dict(patch_size=2, hidden_size=768, depth=24, num_heads=12, head_depth=8),
-    "L/2": dict(patch_size=2, hidden_size=1024, depth=32, num_heads=16, head_depth=8),
-    "XL/2": dict(patch_size=2, hidden_size=1024, depth=48, num_heads=16, head_depth=8),
+MODELS = {  # but for tiny, --model is SIZE/PATCH: B/2 is size B with patches of 2
+    "tiny": dict(hidden_size=96, depth=4, num_heads=8, head_depth=1, patch_size=8),
+    "S": dict(hidden_size=384, depth=12, num_heads=6, head_depth=8),
+    "B": dict(hidden_size=768, depth=12, num_heads=12, head_depth=8),
+    "M": dict(hidden_size=768, depth=24, num_heads=12, head_depth=8),
+    "L": dict(hidden_size=1024, depth=32, num_heads=16, head_depth=8),
+    "XL": dict(hidden_size=1024, depth=48, num_heads=16, head_depth=8),
 }
+
+
+def sizes(name):
+    """The arguments of DiT that a name stands for. Raises ValueError."""
+    size, _, patch_size = name.partition("/")
+    if name == "tiny":
+        return MODELS[name]
+    if size not in ("S", "B", "M", "L", "XL") or patch_size not in map(str, range(1, 65)):
+        raise ValueError(f"--model {name}: expected tiny or SIZE/PATCH, SIZE one of S, B, M, L, XL")
+    return MODELS[size] | {"patch_size": int(patch_size)}

@@ -1,22 +1,22 @@
-"""How good are the samples of a checkpoint: built-in digits, or Fashion-MNIST?
+"""How good are the samples of a checkpoint?
 
-    python -m results.judge digits [CHECKPOINT ...] [--omega W] [--steps N ...] [--num N]
-    python -m results.judge clothes [CHECKPOINT ...] [--omega W] [--steps N ...] [--num N]
+    python -m results.judge DATA.npz [CHECKPOINT ...] [--omega W ...] [--steps N ...] [--num N]
+    python -m results.judge digits [CHECKPOINT ...]
 
-CHECKPOINT is out/last.pt unless said otherwise. `digits` compares 500 samples with 20,000 real
-digits that the training has not seen, by the correlation of the pixels:
+DATA.npz holds images and labels, as train.py reads them. One tenth of it (at most 2,500) is held
+out here, but the training may have seen it. A small convolutional network, trained for this on the
+rest, reads the samples. Printed are, for them and for real pictures:
 
-    the share whose most similar real digit is of the class asked for (the same for other real
-    digits); the mean similarity to it
-    the highest similarity between two samples
-    speckle: the RMS of the pixels (0 to 1) where that digit and its 3 x 3 surroundings are black
-    the spread within a class (standard deviation) over that of real digits, by five features
+    read right   the share that it reads as the class asked for
+    distance     the Frechet distance of its 64 features to those of the held-out pictures
+    copies       the share nearer to a training picture than any held-out one is; a held-out picture
+                 that has an exact double in the training does not count
 
-`clothes` reads 5,000 samples with a small network, trained for this on the 60,000 images of
-FASHION, and gives its accuracy and the Frechet distance of its 64 features to the test images."""
+For `digits`, the built-in data, with real digits that the training has not seen, also
 
-import gzip
-from pathlib import Path
+    speckle      the RMS of the pixels (0 to 1) where the most similar real digit (by correlation)
+                 and its 3 x 3 surroundings are black; and the share of these of the right class
+    spread       the standard deviation within a class over that of real digits, by five features"""
 
 import numpy as np
 import torch
@@ -27,28 +27,51 @@ import fid
 import sample
 import train
 
-FASHION = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
-INK = 64  # darker pixels are background
 FEATURES = "row", "column", "size", "slant", "ink"
 
 
-def draw(net, n, omega, steps):
-    """n samples uint8 (n, 1, H, W) and the classes asked for."""
-    batches = sample.generate(net, range(n), range(10), seed=1, omega=omega, steps=steps)
-    return np.concatenate(list(batches))[:, :1], np.arange(n) % 10
+def train_classifier(images, labels, epochs, batch=128):
+    """(body, head): a small convolutional network, images (B, C, 32 k, 32 k) -> 64 features ->
+    logits."""
+    torch.manual_seed(0)
+    layers = []
+    for before, after in (images.shape[1], 24), (24, 48), (48, 64):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 64),
+                         nn.ReLU())
+    head = nn.Linear(64, int(labels.max()) + 1)
+    steps = max(1, epochs * len(labels) // batch)
+    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], 2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(labels), (batch,)).numpy()
+        logits = head(body(torch.from_numpy(images[chosen]) / 255))
+        F.cross_entropy(logits, torch.from_numpy(labels[chosen])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return body, head
 
 
-def normalise(images):
-    """Rows of mean 0 and length 1: the product of two of them is their correlation."""
-    flat = images.reshape(len(images), -1).astype(np.float32)
-    flat -= flat.mean(1, keepdims=True)
-    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+@torch.no_grad()
+def read(classifier, images, labels):
+    """(the share read right, mean and covariance of the features)."""
+    body, head = classifier
+    features = torch.cat([body(part / 255) for part in torch.from_numpy(images).split(500)])
+    right = (head(features).argmax(1).numpy() == labels).mean()
+    return right, features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
+
+
+def nearest_distance(images, others):
+    """(N,): the Euclidean distance of each of the images to the nearest of the others."""
+    flat, flat_others = (torch.from_numpy(i).flatten(1).float() for i in (images, others))
+    return torch.cat([torch.cdist(part, flat_others).min(1).values for part in flat.split(250)])
 
 
 def measure_shapes(images):
     """(N, 5), the FEATURES of images (N, 1, H, W): where the ink is, how far it reaches, how it
     leans, how much of it there is."""
-    ink = np.where(images[:, 0] < INK, 1e-9, images[:, 0])
+    ink = np.where(images[:, 0] < 64, 1e-9, images[:, 0])
     row, column = np.indices(ink.shape[1:]) + 0.5
 
     def mean(values):
@@ -61,108 +84,77 @@ def measure_shapes(images):
     return np.stack([*(feature[:, 0, 0] for feature in features), ink.mean((1, 2))], 1)
 
 
-def spread(images, labels):
-    """The standard deviation of each feature within a class, averaged over the classes."""
-    return np.mean([measure_shapes(images[labels == c]).std(0) for c in range(10)], 0)
+def judge_digits(samples, labels, real, real_labels):
+    """Prints speckle and spread of samples (N, 1, H, W)."""
+    def normalise(images):
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        flat -= flat.mean(1, keepdims=True)
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-9)
 
+    def spread(images, labels):
+        return np.mean([measure_shapes(images[labels == c]).std(0) for c in range(10)], 0)
 
-def judge_digits(net, omega, steps, n):
-    real, real_labels = train.digits(20_000, seed=99)
-    others, other_labels = train.digits(n, seed=98)
-    nearest = (normalise(others) @ normalise(real).T).argmax(1)
-    print(f"other real digits: {(real_labels[nearest] == other_labels).mean():.1%} of {n}")
-    samples, labels = draw(net, n, omega, steps)
-    to_real = normalise(samples) @ normalise(real).T
-    among = normalise(samples) @ normalise(samples).T - 2 * np.eye(n)  # not with itself
-    nearest = to_real.argmax(1)
-    right = (real_labels[nearest] == labels).mean()
-    print(f"most similar real digit of the class asked for: {right:.1%} of {n}")
-    print(f"mean similarity to it {to_real.max(1).mean():.3f}, "
-          f"the two most similar samples {among.max():.3f}")
+    nearest = (normalise(samples) @ normalise(real).T).argmax(1)
     around = F.max_pool2d(torch.from_numpy(real[nearest]).float(), 3, 1, 1).numpy()
-    print(f"speckle {np.sqrt(np.mean((samples[around == 0] / 255) ** 2)):.4f}")
     ratios = spread(samples, labels) / spread(real, real_labels)
-    print("spread within a class over real:",
+    print(f"    most similar real digit of the class asked for "
+          f"{(real_labels[nearest] == labels).mean():.1%}, "
+          f"speckle {np.sqrt(np.mean((samples[around == 0] / 255) ** 2)):.4f}, spread",
           ", ".join(f"{name} {value:.2f}" for name, value in zip(FEATURES, ratios)))
-
-
-def load_fashion(part):
-    """Images uint8 (N, 1, 32, 32), padded with black, and labels (N,) of "train" or "t10k"."""
-    arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        with gzip.open(Path(FASHION, f"{part}-{kind}-ubyte.gz")) as file:
-            arrays.append(np.frombuffer(file.read(), np.uint8, offset=header))
-    images = arrays[0].reshape(-1, 1, 28, 28)
-    return np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2))), arrays[1].astype(np.int64)
-
-
-def train_classifier(images, labels, epochs=8, batch=128):
-    """(body, head): a small convolutional network, images -> 64 features -> 10 logits."""
-    torch.manual_seed(0)
-    layers = []
-    for before, after in (1, 24), (24, 48), (48, 64):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
-    head = nn.Linear(64, 10)
-    steps = max(1, epochs * len(labels) // batch)
-    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], 2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(labels), (batch,))
-        logits = head(body(torch.from_numpy(images[chosen]) / 255))
-        F.cross_entropy(logits, torch.from_numpy(labels[chosen])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return body, head
-
-
-@torch.no_grad()
-def read(classifier, images, labels):
-    """(accuracy, mean, covariance): the share read right, the moments of the features."""
-    body, head = classifier
-    features = torch.cat([body(part / 255) for part in torch.from_numpy(images).split(500)])
-    accuracy = (head(features).argmax(1).numpy() == labels).mean()
-    return accuracy, features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
-
-
-def judge_clothes(kinds, epochs, n):
-    """kinds: {name: (net, omega, steps)}."""
-    images, labels = load_fashion("train")
-    classifier = train_classifier(images, labels, epochs)
-    accuracy, *reference = read(classifier, *load_fashion("t10k"))
-    print(f"real test images: {accuracy:.1%} read right")
-    rows = {"real training images": (images[:n], labels[:n])}
-    rows |= {name: draw(net, n, omega, steps) for name, (net, omega, steps) in kinds.items()}
-    for name, row in rows.items():
-        accuracy, *moments = read(classifier, *row)
-        distance = fid.frechet_distance(*moments, *reference)
-        print(f"{name}: {accuracy:.1%} read right, Frechet distance {distance:.2f}")
 
 
 def main():
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
-    flag("data", choices=["digits", "clothes"])
-    flag("checkpoints", nargs="*", default=["out/last.pt"])
-    flag("--omega", type=sample.number(float, 1e-6), help="default: as sample.py")
-    flag("--steps", type=sample.COUNT, nargs="+", default=[1])
-    flag("--num", type=sample.number(int, 20), help="samples; default: 500 digits, 5000 clothes")
-    flag("--epochs", type=sample.number(int, 0), default=8, help="of the classifier; default: 8")
+    flag("data", metavar="DATA.npz|digits")
+    flag("checkpoints", nargs="*", metavar="CHECKPOINT")
+    flag("--omega", type=sample.positive, nargs="+", help="default: as sample.py")
+    flag("--steps", type=sample.count, nargs="+", default=[1])
+    flag("--num", type=sample.count, default=1000, help="samples; default: 1000")
+    flag("--epochs", type=sample.count, default=8, help="of the classifier; default: 8")
     args = parser.parse_args()
-    kinds = {}
+    if args.data == "digits":
+        images, labels = train.digits(20_000, seed=99)
+        names = range(10)
+    else:
+        images, labels, names = train.npz_data(args.data)
+    images = np.ascontiguousarray(images)
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out, rest = np.split(order, [min(2500, len(order) // 10)])
+    classifier = train_classifier(images[rest], labels[rest], args.epochs)
+    right, *reference = read(classifier, images[held_out], labels[held_out])
+    far = nearest_distance(images[held_out], images[rest])
+    limit = far[far > 0].min()
+    print(f"held-out pictures: read right {right:.1%}, {(far == 0).sum()} of {len(far)} have an "
+          "exact double in the training")
+    some = rest[:args.num]
+    right, *found = read(classifier, images[some], labels[some])
+    print(f"training pictures: read right {right:.1%}, "
+          f"distance {fid.frechet_distance(*found, *reference):.2f}")
+
     for path in args.checkpoints:
         net, _ = sample.load(path)
-        if (net.image_size, net.channels, net.num_classes) != (32, 1, 10):
-            raise ValueError(f"{path} was trained on neither the digits nor Fashion-MNIST")
-        omega = args.omega or sample.recommended(net, None, 1)["omega"]
-        kinds |= {f"{path}, {steps} steps": (net, omega, steps) for steps in args.steps}
-    if args.data == "clothes":
-        judge_clothes(kinds, args.epochs, args.num or 5000)
-    else:
-        for name, kind in kinds.items():
-            print(name)
-            judge_digits(*kind, args.num or 500)
+        if (net.channels, net.num_classes) != (images.shape[1], len(names)):
+            raise ValueError(f"{path} was trained on other data than {args.data}")
+        for omega in args.omega or [sample.recommended(net, None)["omega"]]:
+            for steps in args.steps:
+                batches = sample.generate(net, range(args.num), range(len(names)), seed=1,
+                                          omega=omega, steps=steps)
+                samples = np.concatenate(list(batches))[:, :images.shape[1]]
+                asked = np.arange(args.num) % len(names)
+                # in the frequencies of the data, since the distance compares with all of them
+                often = np.random.default_rng(1).choice(labels, args.num)
+                right, *_ = read(classifier, samples, asked)
+                batches = sample.generate(net, range(args.num), often, seed=2, omega=omega,
+                                          steps=steps)
+                alike = np.concatenate(list(batches))[:, :images.shape[1]]
+                _, *found = read(classifier, alike, often)
+                copies = (nearest_distance(samples, images[rest]) < limit).sum()
+                print(f"{path}, omega {omega}, {steps} steps: read right {right:.1%}, distance "
+                      f"{fid.frechet_distance(*found, *reference):.2f}, copies {copies} of "
+                      f"{args.num}", flush=True)
+                if args.data == "digits":
+                    judge_digits(samples, asked, images, labels)
 
 
 if __name__ == "__main__":
