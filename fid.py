@@ -137,8 +137,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=10):
     """(mean, std) over the splits of exp E KL(p(y|x) | p(y)), in the given order: logits (N, K)."""
-    p = logits.double().softmax(1).numpy()
-    parts = np.array_split(p, min(splits, len(p)))
+    parts = np.array_split(logits.double().softmax(1).numpy(), min(splits, len(logits)))
     scores = [np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()) for part in parts]
     return np.mean(scores), np.std(scores)
 
@@ -163,40 +162,35 @@ def moments(features):
 
 def read(path):
     """((mu, sigma) or None, pictures: paths, an array (N, C, H, W), or []) of A or B."""
-    if Path(path, "about.json").exists():
-        with sample.reading(path, "expected decoded pictures, not latents"):
+    with sample.reading(path, "expected images, not latents, or mu and sigma of 2048 features"):
+        if Path(path, "about.json").exists():
             images = np.load(Path(path, "images.npy"), mmap_mode="r")
             return None, images.view(np.uint8).reshape(len(images), 3, *images.shape[2:])
-    if not path.endswith(".npz"):
-        return None, sample.images_in(path)
-    arrays = sample.read_npz(path)
-    prefix = "ref_" if "ref_mu" in arrays else ""  # the authors' names
-    statistics = arrays.get(f"{prefix}mu"), arrays.get(f"{prefix}sigma")
-    if statistics[0] is None and "arr_0" in arrays:
-        return None, arrays["arr_0"]
-    if [np.shape(values) for values in statistics] != [(2048,), (2048, 2048)]:
-        raise ValueError(f"{path}: expected images arr_0, or mu and sigma of 2048 features")
-    return statistics, arrays.get("arr_0", [])
+        if not path.endswith(".npz"):
+            return None, sample.images_in(path)
+        arrays = sample.read_npz(path)
+        if "mu" not in arrays:
+            return None, arrays["arr_0"]
+        statistics = arrays["mu"].reshape(2048), arrays["sigma"].reshape(2048, 2048)
+        return statistics, arrays.get("arr_0", [])
 
 
 def batches(pictures):
-    """Yields tensors (b, C, H, W): arrays as they are, files one by one, as their sizes differ."""
-    for start in range(0, len(pictures), 32):
-        part = pictures[start:start + 32]
-        if isinstance(part, list):
-            yield from (np.array(sample.open_image(path)).transpose(2, 0, 1)[None] for path in part)
-        else:
-            yield np.array(part)
+    """Yields arrays (b, C, H, W): of files one by one, as their sizes differ."""
+    if isinstance(pictures, list):
+        for path in tqdm(pictures, unit=" images"):
+            yield np.array(sample.open_image(path)).transpose(2, 0, 1)[None]
+    else:
+        for start in tqdm(range(0, len(pictures), 32), unit=" batches"):
+            yield np.array(pictures[start:start + 32])
 
 
 def evaluate(inception, statistics, pictures):
     """((mu, sigma), features (N, 2048), logits (N, 1008), size of the first picture)."""
     rows, size = [torch.empty(0, 2048 + 1008)], None
-    with tqdm(total=len(pictures), unit=" images") as bar:
-        for images in batches(pictures):
-            size = size or images.shape[2:]
-            rows.append(torch.cat(inception(images), 1).cpu())
-            bar.update(len(images))
+    for images in batches(pictures):
+        size = size or images.shape[2:]
+        rows.append(torch.cat(inception(images), 1).cpu())
     features, logits = torch.cat(rows).split((2048, 1008), 1)
     if not features.isfinite().all() or len(features) == 1:
         raise ValueError("expected two pictures at least, and finite features of the Inception")
@@ -204,7 +198,6 @@ def evaluate(inception, statistics, pictures):
 
 
 def main():
-    # the command line; both sides are opened before hours of work begin
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
     flag("A", help="what is judged")
@@ -216,9 +209,8 @@ def main():
     sides = [read(path) for path in (args.A, args.B) if path]
     if not args.B and not len(sides[0][1]):
         raise ValueError(f"{args.A} holds statistics alone: give B to compare them with")
-    inception = None
-    if any(len(pictures) for _, pictures in sides):
-        inception = Inception(args.inception).to(device)
+    needed = any(len(pictures) for _, pictures in sides)
+    inception = Inception(args.inception).to(device) if needed else None
 
     # A's statistics, and the scores
     scores = {}

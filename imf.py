@@ -18,7 +18,6 @@ import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-MAX_OMEGA = 8  # the largest guidance scale in training
 TANGENTS = ("v-head", "boundary", "conditional")
 
 
@@ -35,10 +34,8 @@ class Draws(NamedTuple):
 
 
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
-    """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's.
-
-    A fraction `flow_matching` of the batch, its first samples, has r = t, so that slices can leave
-    out what is zero for them. About a fraction `class_dropout` loses its class."""
+    """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's. The
+    first ones, a fraction `flow_matching`, have r = t, so that slices can leave out what is 0."""
     B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
@@ -51,7 +48,7 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
     r = torch.where(matching, t, r)
 
     # omega has a density proportional to 1 / omega on [1, 8]; flow matching is guided at all times
-    omega = MAX_OMEGA ** for_omega
+    omega = 8 ** for_omega
     t_min = torch.where(matching, 0, for_t_min / 2)
     t_max = torch.where(matching, 1, (1 + for_t_max) / 2)
 
@@ -148,9 +145,8 @@ def weighted_error(prediction, target, norm_eps):
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):
     """Images (B, C, H, W) from noise of that shape and classes y (B,), in `steps` evaluations of u.
     omega, t_min, t_max are numbers or (B,) tensors, and may differ at every call."""
-    omega, t_min, t_max = (
-        torch.as_tensor(value, dtype=noise.dtype, device=noise.device).expand(len(y))
-        for value in (omega, t_min, t_max))
+    zero = noise.new_zeros(len(y))
+    omega, t_min, t_max = zero + omega, zero + t_min, zero + t_max
     z, times = noise, torch.linspace(1, 0, steps + 1).tolist()
     for t, r in zip(times, times[1:]):
         h = torch.full_like(omega, t - r)

@@ -4,8 +4,7 @@
     trunk      depth - head_depth blocks, shared
     branches   head_depth blocks each: the u-head (average velocity), the v-head (velocity)
 
-The blocks are told h = t - r but not t: a noisy image shows its noise. Sampling needs no v-head. In
-pixel space the last layer predicts the clean image, as pixel MeanFlow does (arXiv 2601.22158)."""
+The blocks are told h = t - r but not t: a noisy image shows its noise. Sampling needs no v-head."""
 
 import math
 from collections import OrderedDict
@@ -94,12 +93,11 @@ def run_block(block, x, dx, rotary):
 
 
 class ScalarEmbedder(nn.Module):
-    """One number per sample (B,) -> (B, hidden): 128 cosines, 128 sines, and an MLP."""
+    """One number per sample (B,) -> (B, width): 128 cosines, 128 sines, and an MLP."""
 
-    def __init__(self, hidden_size):
+    def __init__(self, width):
         super().__init__()
-        first, last = Linear(256, hidden_size), Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        self.mlp = nn.Sequential(Linear(256, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, scalar):
         index = torch.arange(128, device=scalar.device)
@@ -116,8 +114,8 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x": then
-    u = (z - x) / max(t, 0.05), v likewise; t is used for this alone. Raises ValueError."""
+    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x" as in
+    pixel MeanFlow (arXiv 2601.22158): u = (z - x) / max(t, 0.05), v likewise. Raises ValueError."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth, predict="u"):
@@ -125,8 +123,7 @@ class DiT(nn.Module):
         if image_size not in range(patch_size, 4096, patch_size):
             raise ValueError(f"image size {image_size} is not a multiple of {patch_size}")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
-        self.predict = predict
+        self.predict, self.patch_size, self.head_dim = predict, patch_size, hidden_size // num_heads
         self.run_block = run_block  # or its compiled form
 
         def tokens(n):
@@ -155,26 +152,22 @@ class DiT(nn.Module):
             if isinstance(module, Linear):
                 scale = 1 if "embedder" in name else 0 if "final" in name else 0.32
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
         for name, p in self.named_parameters():
-            if "tokens" in name or "y_embedder" in name:
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "tokens" in name or "y_embedder" in name:
                 nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
         nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as of a Linear; it is a view
-        nn.init.zeros_(self.x_embedder.bias)
 
     def forward(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
-        return (self._branch(self.u_heads, self.u_final_layer, features, z, t),
-                self._branch(self.v_heads, self.v_final_layer, features, z, t))
+        return self._branch("u", features, z, t), self._branch("v", features, z, t)
 
     def u(self, z, t, h, omega, t_min, t_max, y):
-        features = self._trunk(z, h, omega, t_min, t_max, y)
-        return self._branch(self.u_heads, self.u_final_layer, features, z, t)
+        return self._branch("u", self._trunk(z, h, omega, t_min, t_max, y), z, t)
 
     def v(self, z, t, h, omega, t_min, t_max, y):
-        features = self._trunk(z, h, omega, t_min, t_max, y)
-        return self._branch(self.v_heads, self.v_final_layer, features, z, t)
+        return self._branch("v", self._trunk(z, h, omega, t_min, t_max, y), z, t)
 
     def velocity_from(self, x, z, t):
         """The velocity from the image x to z at time t (B,): (z - x) / max(t, 0.05)."""
@@ -203,7 +196,8 @@ class DiT(nn.Module):
             x, dx = self.run_block(block, x, dx, rotary)
         return x if dx is None else forward_ad.make_dual(x, dx)
 
-    def _branch(self, blocks, final_layer, features, z, t):
+    def _branch(self, name, features, z, t):
+        blocks, final_layer = getattr(self, name + "_heads"), getattr(self, name + "_final_layer")
         if blocks is None:
             raise ValueError("these weights have no v-head: they can sample, not train")
         n, p = self.image_size // self.patch_size, self.patch_size
@@ -214,8 +208,7 @@ class DiT(nn.Module):
 
 
 def from_state(state, image_size=32, predict="u"):
-    """The DiT whose state_dict() this is, not copied; all other sizes are read off the shapes.
-    Raises KeyError, RuntimeError (as load_state_dict) or ValueError if it is not that of a DiT."""
+    """The DiT whose state_dict() this is, not copied. Raises KeyError, RuntimeError, ValueError."""
     shared, u, v = (len({name.split(".")[1] for name in state if name.startswith(blocks)})
                     for blocks in ("shared_blocks.", "u_heads.", "v_heads."))
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
@@ -236,8 +229,7 @@ RELEASED_NAMES = (("net.", ""), ("._flax_linear", ""), ("x_embedder.proj", "x_em
 
 
 def from_official(state_dict, image_size=32):
-    """The DiT of the authors' released weights, which lack the v-head's blocks: each parameter is
-    a rename or a concatenation. Raises like from_state."""
+    """The DiT of the authors' released weights, mostly without v-head. Raises like from_state."""
     state = {}
     for name, value in state_dict.items():
         for theirs, ours in RELEASED_NAMES:

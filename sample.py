@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 import imf, model
 
-# omega, t_min, t_max that the authors recommend for latents, by depth; and ours for pixels
+# omega, t_min, t_max that the authors recommend for latents, by depth
 RECOMMENDED = {12: (8, 0.4, 0.65), 24: (10.5, 0.4, 0.6), 32: (10.5, 0.4, 0.6), 48: (8, 0.42, 0.62)}
-RECOMMENDED_PIXELS = (2, 0, 1)
 
 # the paper's VAE, and the mean and standard deviation of each channel of its latents of ImageNet
 VAE = "stabilityai/sd-vae-ft-mse"
@@ -55,16 +54,16 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
 
 
 def recommended(net, latents):
-    """The default {"omega", "t_min", "t_max"}."""
+    """The default {"omega", "t_min", "t_max"}: the authors' for latents, ours for pixels."""
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, RECOMMENDED_PIXELS)))
+    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (3, 0, 1))))
 
 
 def load(path, device="cpu"):
     """(net, info) of our own checkpoint (its EMA weights) or of the authors' released weights; info
     has the settings of the training, "vae" ("none": pixels), "classes". Raises ValueError."""
-    saved = load_file(path)
-    with reading(path, "expected weights of iMF"):
+    with reading(path, "expected weights of iMF, tensors without code"):
+        saved = load_file(path)
         if "ema" in saved:
             info = {**saved["settings"], "step": saved["step"]}
             net = model.from_state(saved["ema"], int(info["image_size"]), info["predict"])
@@ -75,17 +74,15 @@ def load(path, device="cpu"):
 
 
 def load_file(path):
-    """What torch.save wrote: tensors and plain values, never code. Raises ValueError."""
-    with reading(path, "expected tensors without code"):
-        mapped = os.name == "posix" and zipfile.is_zipfile(path)
-        return torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    """What torch.save wrote: tensors and plain values, never code. Raises DAMAGED."""
+    mapped = os.name == "posix" and zipfile.is_zipfile(path)
+    return torch.load(path, "cpu", weights_only=True, mmap=mapped)
 
 
 def load_vae(name, device="cpu"):
     """An AutoencoderKL of diffusers, a folder or on the hub, in safetensors. Raises ValueError."""
     from diffusers import AutoencoderKL  # takes seconds, and pixels do not need it
-    with reading(f"--vae {name}", "the hub could not be reached or has no such VAE in safetensors, "
-                 "nor is it a folder with one"):
+    with reading(f"--vae {name}", "the hub is out of reach, or has no VAE of it in safetensors"):
         vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
         if (vae.config.latent_channels, len(vae.config.block_out_channels)) != (4, 4):
             raise ValueError("it must have 4 channels of latents at 1/8 of the image's size")
@@ -109,19 +106,16 @@ def write(path, images, labels, columns):
 
 
 def interleave(rows):
-    """On process 0 the rows of all processes in turn: row i of process k of n becomes row i n + k.
-    Every process gives an array or tensor of the same shape; the others get nothing."""
+    """Row i of process k of n, which all give equal shapes, becomes row i n + k: on process 0."""
     rows = torch.as_tensor(rows).contiguous()
     if not dist.is_initialized():
         return rows
-    as_bytes, first = rows.view(torch.uint8), dist.get_rank() == 0
-    parts = [torch.empty_like(as_bytes) for _ in range(dist.get_world_size())] if first else None
-    dist.gather(as_bytes, parts)
-    return torch.stack(parts, 1).flatten(0, 1).view(rows.dtype) if first else rows[:0]
+    parts = None if dist.get_rank() else [rows.clone() for _ in range(dist.get_world_size())]
+    dist.gather(rows, parts)
+    return torch.stack(parts, 1).flatten(0, 1) if parts else rows[:0]
 
 
 def main():
-    # the command line
     parser = command_line(__doc__)
     flag = parser.add_argument
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
@@ -161,10 +155,9 @@ def main():
     # for each omega process k of n samples every n-th image, and all of them equally many
     numbers = range(rank, math.ceil(num / world) * world, world)
     side = net.image_size * (8 if vae else 1)
-    images = np.empty((num * len(omegas), 3, side, side), np.uint8)
-    with tqdm(total=len(images), unit=" images", disable=rank > 0) as bar:
-        for row, omega in enumerate(omegas):
-            rest = images[row * num:(row + 1) * num]
+    images = np.empty((len(omegas), num, 3, side, side), np.uint8)
+    with tqdm(total=num * len(omegas), unit=" images", disable=rank > 0) as bar:
+        for omega, rest in zip(omegas, images):
             guidance["omega"] = omega
             for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
                 batch = interleave(batch)[:len(rest)].numpy()
@@ -172,12 +165,9 @@ def main():
                 rest = rest[len(batch):]
                 bar.update(len(batch))
     if rank == 0:
-        labels = [classes[k % num % len(classes)] for k in range(len(images))]
-        write(out, images, labels, 10 if len(omegas) == 1 else num)
+        labels = [classes[k % len(classes)] for k in range(num)] * len(omegas)
+        write(out, images.reshape(-1, 3, side, side), labels, 10 if len(omegas) == 1 else num)
         print(f"wrote {out}")
-
-
-# ---- What all command lines share ----
 
 
 def command_line(doc):
@@ -190,14 +180,11 @@ def command_line(doc):
 
 
 def count(text):
-    """An argparse type: 1, 2, 3, ..."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text}")
+    positive(text)
     return int(text)
 
 
 def positive(text):
-    """An argparse type: a finite number above 0."""
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {text}")
     return float(text)
@@ -208,7 +195,8 @@ def run(main):
     try:
         main()
     except (KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: {in_words(error)}", file=sys.stderr)
+        message = " ".join(str(error).split()) or "stopped"
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -234,10 +222,9 @@ def listed(names):
 
 def join(device):
     """(device, rank, world) of this process, which joins the others if torchrun started it."""
-    index = os.environ.get("LOCAL_RANK", "0")
-    device = torch.device(f"cuda:{index}" if device == "cuda" else device)
+    device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -246,13 +233,10 @@ def join(device):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def everyone(value=None):
-    """The value that process 0 has, in all processes; each waits for all others."""
-    values = [value]
+def everyone():
+    """Waits until all processes are here."""
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
         dist.barrier()
-    return values[0]
 
 
 def images_in(folder):
@@ -261,7 +245,7 @@ def images_in(folder):
     paths = sorted(glob.iglob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True))
     found = [path for path in paths if path.lower().endswith(tuple(readable))]
     others = [path for path in set(paths) - set(found) if os.path.isfile(path)]
-    if others:
+    if others and os.environ.get("RANK", "0") == "0":
         print(f"skipped {len(others)} files that are not pictures, such as {min(others)}")
     if not found:
         raise ValueError(f"{folder}: no such folder, or no pictures in it")
@@ -273,25 +257,21 @@ def open_image(path):
     with reading(path, "expected a picture of 8 bits per channel"), Image.open(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its mode is {image.mode}")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
 
 
 def read_npz(path):
-    """{name: array} of an .npz; arr_0 as images uint8 (N, 1 or 3, H, W). Raises ValueError."""
-    with reading(path, "expected an .npz, its images arr_0 uint8 (N, H, W) or (N, H, W, 3)"):
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = dict(npz)
-        if "arr_0" in arrays:
-            images = np.atleast_3d(arrays["arr_0"])
-            images = (images[..., None] if images.ndim == 3 else images).transpose(0, 3, 1, 2)
-            if images.dtype != np.uint8 or images.shape[1] not in (1, 3):
-                raise ValueError(f"it is {images.dtype} {images.shape}")
-            arrays["arr_0"] = images
-        return arrays
+    """{name: array} of an .npz; arr_0 as images uint8 (N, 1 or 3, H, W). Raises DAMAGED."""
+    with np.load(path, allow_pickle=False) as npz:
+        arrays = {name.removeprefix("ref_"): npz[name] for name in npz}  # the authors' ref_mu
+    if "arr_0" in arrays:
+        images = arrays["arr_0"]
+        if images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] not in ((1,), (3,)):
+            raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
+        arrays["arr_0"] = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+    return arrays
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python train.py --data flowers --out out-flowers      your own images: flowers/rose/*.jpg, ...
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
-OUT (--out, default `out`) receives last.pt, log.jsonl and sheets of samples. The same command goes
-on where it stopped, with the same result. So does any number of processes, up to rounding."""
+OUT (`out`) receives last.pt, log.jsonl and samples. The same command, on any number of processes,
+goes on where it stopped, with the same result. Defaults below: tiny, other pixels, latents."""
 
 import argparse, copy, functools, json, math, os, time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -21,8 +20,7 @@ from tqdm import tqdm
 import imf, model, sample
 from sample import count, positive
 
-# name of a flag: (value for tiny, for other networks of pixels, for latents, type, help). Latents:
-# the release, 640 epochs with 10 of warm-up; an epoch of ImageNet is 1,251 steps
+# (for tiny, other networks of pixels, latents: the release, with epochs of 1,251 steps; type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
     "steps": (1700, 100_000, 640 * 1251, count, "training steps"),
@@ -37,21 +35,16 @@ RECIPES = {
 }
 
 
-# ---- Data ----
-
-
 def digits(n, seed=0):
-    """The built-in data, a pure function of (n, seed): images uint8 (n, 1, 32, 32) and labels (n,),
-    in Pillow's own font, varied in position, size, angle and stroke."""
+    """The built-in data, a function of (n, seed): images uint8 (n, 1, 32, 32) and labels (n,)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, 32, 32), np.uint8)
     fonts = [ImageFont.load_default(size) for size in range(34, 54)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (64, 64))
-        font = fonts[rng.integers(len(fonts))]
-        ImageDraw.Draw(canvas).text((32, 32), str(label), 255, font, anchor="mm",
-                                    stroke_width=rng.uniform(0.75, 2.5))
+        font, stroke = fonts[rng.integers(len(fonts))], rng.uniform(0.75, 2.5)
+        ImageDraw.Draw(canvas).text((32, 32), f"{label}", 255, font, "mm", stroke_width=stroke)
         angle, shift = rng.uniform(-12, 12), tuple(rng.uniform(-4, 4, 2))
         image[0] = canvas.rotate(angle, Image.BICUBIC, translate=shift).reduce(2)
     return images, labels
@@ -59,14 +52,14 @@ def digits(n, seed=0):
 
 def npz_data(path):
     """(images, labels, names of the classes) of an .npz, as `digits` returns them."""
-    with sample.reading(path, "expected square images arr_0 and a class for each, arr_1"):
+    with sample.reading(path, "expected square images arr_0, and their classes 0 to K - 1, arr_1"):
         arrays = sample.read_npz(path)
         images, labels = arrays["arr_0"], arrays["arr_1"].astype(np.int64, casting="safe")
         names = [str(name) for name in arrays.get("names", np.unique(labels))]
-        if images.shape[2] != images.shape[3] or labels.shape != images.shape[:1]:
-            raise ValueError(f"they are {images.shape} and {labels.shape}")
-        if set(labels) != set(range(len(names))) or not names:
-            raise ValueError(f"classes must be 0 to K - 1, each with an image, not {set(labels)}")
+        n, _, height, width = images.shape
+        found = np.unique(labels).tolist()
+        if height != width or labels.shape != (n,) or found != list(range(len(names))):
+            raise ValueError(f"they are {images.shape} and {labels.shape}, of classes {found}")
         return images, labels, names
 
 
@@ -81,8 +74,7 @@ def centre_crop(image, size):
 
 
 def encode(paths, size, vae, damaged):
-    """The pictures in these files, uint8 (n, 3, size, size), or their posteriors, mean and
-    standard deviation, float16 (n, 8, h, w). `damaged` receives what cannot be read."""
+    """The pictures, uint8 (n, 3, size, size), or mean and deviation of latents, (n, 8, h, w)."""
     def decode(path):
         try:
             return np.asarray(centre_crop(sample.open_image(path), size))
@@ -98,22 +90,16 @@ def encode(paths, size, vae, damaged):
     return x
 
 
-def scan(args):
-    """(paths, labels, content of about.json) of the pictures in --data. Raises ValueError."""
+def prepare(args, vae, rank, world):
+    """Decodes --data FOLDER once, into a folder whose path it returns. Raises ValueError."""
+    # the pictures, and what will tell whether they have changed
     classes = sorted(path.name for path in Path(args.data).glob("[!.]*/"))
     if not classes:
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
     found = [sample.images_in(Path(args.data, name)) for name in classes]
-    paths = sum(found, [])
+    paths, labels = sum(found, []), np.repeat(range(len(found)), [len(part) for part in found])
     newest = max(os.stat(path).st_mtime for path in paths)
     about = {"classes": classes, "images": len(paths), "newest": newest, "vae": args.vae}
-    return paths, np.repeat(np.arange(len(found)), [len(part) for part in found]), about
-
-
-def prepare(args, vae, rank, world):
-    """Decodes --data FOLDER once, into a folder with images.npy, labels.npy and, as soon as all
-    is there, about.json. Returns its path. Raises ValueError."""
-    paths, labels, about = sample.everyone(scan(args) if rank == 0 else None)
     n, size = len(paths), args.image_size
     folder = os.path.abspath(args.data) + f"-{size}px" + ("-latents" if vae else "")
     if Path(folder, "about.json").exists():
@@ -124,23 +110,21 @@ def prepare(args, vae, rank, world):
     # every process decodes every n-th picture, and the first one writes them
     if rank == 0:
         os.makedirs(folder, exist_ok=True)
-        shape, kind = ((8, size // 8, size // 8), "e") if vae else ((3, size, size), "u1")
+        kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
         images = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", kind, (n, *shape))
     damaged = []
-    with tqdm(total=n, desc="decoding", unit=" images", disable=rank > 0) as bar:
-        for start in range(0, n, 64 * world):
-            mine = [paths[min(i, n - 1)] for i in range(start + rank, start + 64 * world, world)]
-            x = sample.interleave(encode(mine, size, vae, damaged))[:n - start]
-            if rank == 0:
-                images[start:start + len(x)] = x
-            bar.update(len(x))
+    for start in tqdm(range(0, n, 64 * world), "decoding", unit=" batches", disable=rank > 0):
+        mine = [paths[min(i, n - 1)] for i in range(start + rank, start + 64 * world, world)]
+        x = sample.interleave(encode(mine, size, vae, damaged))[:n - start]
+        if rank == 0:
+            images[start:start + len(x)] = x
     if damaged:
         raise ValueError(f"pictures that cannot be read: {', '.join(sorted(set(damaged)))}")
     sample.everyone()
     if rank == 0:
         images.flush()
         np.save(f"{folder}/labels.npy", labels)
-        Path(folder, "about.json").write_text(json.dumps(about))
+        Path(folder, "about.json").write_text(json.dumps(about))  # where it exists, all is there
     sample.everyone()
     return folder
 
@@ -150,8 +134,7 @@ def decoded_data(folder):
     with sample.reading(folder, "delete it, it is damaged"):
         about = json.loads(Path(folder, "about.json").read_text())
         images = np.load(Path(folder, "images.npy"), mmap_mode="r")
-        labels = np.load(Path(folder, "labels.npy"))
-        return images, labels, about
+        return images, np.load(Path(folder, "labels.npy")), about
 
 
 def load_data(args, vae, rank, world):
@@ -174,11 +157,9 @@ def order(n, seed, epoch):
 
 
 def batch(images, labels, args, step, rank=0, world=1):
-    """(x, y, draws): samples rank, rank + world, ... of batch `step`, from (seed, step) alone. x:
-    pixels in [-1, 1], or normalised latents, drawn afresh from their posteriors."""
+    """(x, y, draws) of samples rank, rank + world, ... of batch `step`, from (seed, step) alone."""
     n, B, mine = len(labels), args.batch_size, slice(rank, None, world)
-    positions = range(step * B, (step + 1) * B)[mine]
-    index = [order(n, args.seed, position // n)[position % n] for position in positions]
+    index = [order(n, args.seed, k // n)[k % n] for k in range(step * B, (step + 1) * B)[mine]]
     x = torch.from_numpy(images[index])
 
     # random numbers are drawn for the whole batch, whoever takes which part of it
@@ -186,15 +167,12 @@ def batch(images, labels, args, step, rank=0, world=1):
     generator = torch.Generator().manual_seed(int(seed[0]))
     if x.dtype == torch.uint8:
         x = x / 127.5 - 1
-    else:
+    else:  # latents are drawn afresh from their posteriors
         mean, std = x.float().chunk(2, 1)
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
         x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
     draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
-
-
-# ---- Training ----
 
 
 def arguments():
@@ -207,8 +185,7 @@ def arguments():
     flag("--vae", metavar="NAME|none", help="of a FOLDER; default: the paper's for /2, else none")
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, pixels, latents, kind, text) in RECIPES.items():
-        flag("--" + name.replace("_", "-"), type=kind,
-             help=f"{text}; tiny {tiny}, pixels {pixels}, latents {latents}")
+        flag("--" + name.replace("_", "-"), type=kind, help=f"{text}: {tiny}, {pixels}, {latents}")
     flag("--accum", type=count, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-clip", type=positive, default=math.inf, metavar="NORM", help="default: none")
     flag("--predict", choices=["u", "x"], help="default: x for pixels, u for latents")
@@ -225,7 +202,7 @@ def arguments():
     if not folder and (args.image_size or args.vae):
         raise ValueError("--image-size and --vae are for a FOLDER of pictures alone")
     patch_size = model.sizes(args.model)["patch_size"]
-    args.vae = args.vae or (sample.VAE if folder and patch_size == 2 else "none")
+    args.vae = args.vae or (sample.VAE if folder and args.model.endswith("/2") else "none")
     if decoded:
         args.vae = decoded_data(args.data)[2]["vae"]
     latents = args.vae != "none"
@@ -248,10 +225,10 @@ def arguments():
 
 def build(args, images, names, device):
     """(net, its average, optimizer), new."""
-    channels, image_size = images.shape[1] // (1 if args.vae == "none" else 2), images.shape[2]
+    sizes = model.sizes(args.model) | {"predict": args.predict}
+    channels = images.shape[1] // (1 if args.vae == "none" else 2)
     torch.manual_seed(args.seed)
-    net = model.DiT(image_size, channels, len(names), **model.sizes(args.model),
-                    predict=args.predict).to(device)
+    net = model.DiT(images.shape[2], channels, len(names), **sizes).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     if args.compile:
         net.compile_blocks()
@@ -261,8 +238,8 @@ def build(args, images, names, device):
 
 def resume(path, settings, net, ema, optimizer):
     """The step of a checkpoint, whose weights are loaded. Raises ValueError."""
-    saved = sample.load_file(path)
-    with sample.reading(path, "it is of another run, choose another --out"):
+    with sample.reading(path, "it is damaged or of another run, choose another --out"):
+        saved = sample.load_file(path)
         for name, value in settings.items():
             if saved["settings"][name] != value:
                 raise ValueError(f"{name} was {saved['settings'][name]}, now {value}")
@@ -338,18 +315,16 @@ def main():
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, names, where = load_data(args, vae, rank, world)
     net, ema, optimizer = build(args, images, names, device)
-    settings = {"data": where, "images": len(images), "classes": names, "seed": args.seed,
-                "image_size": net.image_size, "model": args.model, "vae": args.vae,
-                "predict": args.predict, "tangent": args.tangent}
-    out, step = Path(args.out), 0
-    if (out / "last.pt").exists():
-        step = resume(out / "last.pt", settings, net, ema, optimizer)
+    settings = {name: vars(args)[name] for name in ("seed", "model", "vae", "predict", "tangent")}
+    settings.update(data=where, images=len(images), classes=names, image_size=net.image_size)
+    out, last = Path(args.out), Path(args.out, "last.pt")
+    step = resume(last, settings, net, ema, optimizer) if last.exists() else 0
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         print(f"{len(images)} images of {sample.listed(names)}")
         print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
     parallel = net
-    if world > 1:
+    if torch.distributed.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     history, good_step = [], step - 1
@@ -373,19 +348,18 @@ def main():
             step += 1
             bar.update()
 
-            # log, samples, checkpoints; last.pt comes last: what a kill prevents is made again
+            # log, samples, checkpoints
             end, due = step == args.steps, step % args.save_every == 0
             if rank > 0:
                 continue
             if end or step % args.log_every == 0:
                 bar.set_postfix(write_log(out / "log.jsonl", step, history, args))
                 history = []
-            if end or due:
-                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
             if args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", ema=ema.state_dict(), step=step, settings=settings)
-            if end or due:
-                save(out / "last.pt", net=net.state_dict(), ema=ema.state_dict(),
+            if end or due:  # last.pt comes last: what a kill prevents is made again
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+                save(last, net=net.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict(), step=step, settings=settings)
 
 

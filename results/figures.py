@@ -1,57 +1,38 @@
-"""The pictures and studies of results/README.md that train something of their own or read logs.
+"""The pictures of README.md and results/README.md, and the studies behind them.
 
-    python -m results.figures field                   a learned field beside the exact one
+    python -m results.figures densities               samples in the plane in 1, 2 and 4 steps
     python -m results.figures tangents OUT ...        loss_u of runs with different tangents, seeds
     python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
     python -m results.figures rows [CHECKPOINT]       the same noise by flow matching and by iMF
+    python -m results.figures grid [CHECKPOINT]       u(z_t, 0, t) and z_t - t u of one picture
+    python -m results.figures plane (or tokens)       diagrams
 
-    python -m results.figures plane (or tokens)       the diagrams of README.md
+They need matplotlib, run on the CPU, and write results/NAME.png (--out FILE: elsewhere); the first
+three print figures. A CHECKPOINT is one of pixels, out/last.pt unless given."""
 
-All but `variance` draw results/NAME.png (--out FILE: elsewhere) and need matplotlib: pip install
-matplotlib. `field`, `tangents` and `variance` print the figures that results/README.md gives."""
-
-import json
+import argparse, json
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import imf
-import sample
-import train
-
-COLOURS = {"conditional": "tab:red", "boundary": "tab:orange", "v-head": "tab:blue"}
+import imf, sample, train
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("this picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    return pyplot
+# ---- densities: three Gaussians in the plane, whose velocity has a formula ----
 
 
-def save_picture(figure, path, dpi):
-    figure.tight_layout()
-    with sample.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
-    print(f"wrote {path}")
+MEANS, STD = torch.tensor([[-1.5, 0.5], [1.0, 1.2], [0.8, -1.0]]), 0.5
 
 
-# ---- field: three Gaussians in the plane, whose velocity has a formula ----
-
-
-MEANS = torch.tensor([[-1.5, 0.5], [1.0, 1.2], [0.8, -1.0]])
-STD = 0.5
+def gaussians(n, means=MEANS, std=STD):
+    return means[torch.randint(len(means), (n,))] + std * torch.randn(n, means.shape[1])
 
 
 def exact_v(z, t, means=MEANS, std=STD):
-    """E[e - x | z_t = z] of points z (B, D) at a time t > 0: data are Gaussians around the means
-    (K, D)."""
+    """E[e - x | z_t = z] of points z (B, D), where data x are Gaussians around the means (K, D)."""
     variance = ((1 - t) * std) ** 2 + t**2
     from_means = z[:, None] - (1 - t) * means
     weights = (-from_means.square().sum(2) / (2 * variance)).softmax(1)[..., None]
@@ -59,35 +40,27 @@ def exact_v(z, t, means=MEANS, std=STD):
     return (weights * velocities).sum(1)
 
 
-def exact_u(z, steps=500):
-    """u(z, 0, 1), the mean of v on the way from t = 1 to 0, by the midpoint rule."""
-    end = z
+def exact_path(z, steps, means=MEANS, std=STD):
+    """The points (steps + 1, B, D) at t = 1, ..., 0 of the flow from z, by the midpoint rule."""
+    path = [z]
     for k in range(steps, 0, -1):
-        middle = end - exact_v(end, k / steps) / (2 * steps)
-        end = end - exact_v(middle, (k - 0.5) / steps) / steps
-    return z - end
+        middle = path[-1] - exact_v(path[-1], k / steps, means, std) / (2 * steps)
+        path.append(path[-1] - exact_v(middle, (k - 0.5) / steps, means, std) / steps)
+    return torch.stack(path)
 
 
 def image(points, third):
-    """Points (B, 2) as images (B, 3, 1, 1) with this third channel: 0 in data, 1 in noise, and so
-    t in z_t. In the plane a point does not show its time, as a noisy image does."""
+    """Points (B, 2) as images (B, 3, 1, 1): the third channel is t, which a point does not show."""
     return nn.functional.pad(points, (0, 1), value=third)[..., None, None]
 
 
-class PlaneNet(nn.Module):
+class PlaneNet(nn.Sequential):
     """What imf_loss asks of a network, and no more."""
 
-    num_classes = 0
-    predict = "u"
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
-            nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 4))
+    num_classes, predict = 0, "u"
 
     def forward(self, z, t, h, omega, t_min, t_max, y):
-        u, v = self.layers(torch.cat((z.flatten(1), h[:, None]), 1)).chunk(2, 1)
+        u, v = super().forward(torch.cat((z.flatten(1), h[:, None]), 1)).chunk(2, 1)
         return image(u, 1.0), image(v, 1.0)
 
     def u(self, *args):
@@ -97,298 +70,232 @@ class PlaneNet(nn.Module):
         return self(*args)[1]
 
 
-def train_in_the_plane(tangent, steps, seed):
-    """(net, loss_u of every step, the last batch of data)."""
-    torch.manual_seed(seed)
-    net, losses = PlaneNet(), []
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    y = torch.zeros(512, dtype=torch.long)
-    for _ in range(steps):
-        points = MEANS[torch.randint(3, (512,))] + STD * torch.randn(512, 2)
-        x = image(points, 0.0)
-        draws = imf.draw(x, t_mean=0, t_std=2, class_dropout=0)
+def train_in_the_plane(tangent, steps):
+    """(net, loss_u of every step in the second half)."""
+    net = PlaneNet(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
+                   nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 4))
+    losses, optimizer = [], torch.optim.Adam(net.parameters())
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / steps)
+        x = image(gaussians(512), 0.0)
+        draws = imf.draw(x, t_mean=0, t_std=2, class_dropout=0)._replace(omega=torch.ones(512))
         draws.noise[:, 2] = 1
-        draws.omega[:] = 1  # no guidance
-        loss, logs = imf.imf_loss(net, x, y, draws, tangent, norm_eps=1e3)
+        loss, logs = imf.imf_loss(net, x, torch.zeros(512).long(), draws, tangent, norm_eps=1e3)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
         losses.append(logs["loss_u"])
-    return net, torch.stack(losses), points
+    return net, torch.stack(losses[steps // 2:])
 
 
-@torch.no_grad()
-def learned_u(net, points):
-    one = torch.ones(len(points))
-    return net.u(image(points, 1.0), one, one, one, 0 * one, one, 0 * one)[:, :2, 0, 0]
-
-
-def draw_field(pyplot, net, points):
-    line = torch.stack((torch.linspace(-2.5, 2.5, 201), torch.full((201,), -0.5)), 1)
-    exact, learned, first = exact_u(line), learned_u(net, line), exact_v(line, 1)
-    figure, (plane, along) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), width_ratios=(5, 6))
-    plane.plot(*points.T, ".", color="0.8", ms=3)
-    plane.quiver(*line[::8].T, *-learned[::8].T, angles="xy", scale_units="xy", scale=1,
-                 width=0.004)
-    plane.plot(*(line - exact).T, "tab:orange", label="where the exact flow ends")
-    plane.set(title="one learned step from t = 1", aspect="equal")
-    plane.legend(fontsize=8)
-    for k, colour in enumerate(("tab:blue", "tab:green")):
-        along.plot(line[:, 0], exact[:, k], colour, label=f"exact u, coordinate {k + 1}")
-        along.plot(line[:, 0], learned[:, k], "k--", lw=1, label=("learned", None)[k])
-        along.plot(line[:, 0], first[:, k], colour, ls=":", lw=1, label=("v at t = 1", None)[k])
-    along.set(title="u(z, 0, 1) along the row of arrows", ylim=(-1.9, 1.1))
-    along.legend(fontsize=8, loc="lower right")
-    return figure
-
-
-def field(args):
+def densities(args):
     """Prints of each tangent the relative error of u(z, 0, 1) on 2,000 points of noise, and loss_u
-    over the second half of the steps; then draws the field of the last, v-head."""
-    plot = pyplot()
-    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
-    exact = exact_u(noise)
+    over the second half of the steps; draws the densities of 50,000 samples of the last, v-head."""
+    noise = torch.randn(50_000, 2, generator=torch.Generator().manual_seed(1))
+    few, exact_end = noise[:2000], exact_path(noise[:2000], 500)[-1]
 
-    def error(u):
-        return ((u - exact).norm() / exact.norm()).item()
+    def samples(z, steps):
+        return imf.sample(net, image(z, 1.0), torch.zeros(len(z)), steps)[:, :2, 0, 0]
 
-    for tangent in COLOURS:
-        net, losses, points = train_in_the_plane(tangent, args.steps, args.seed)
-        late = losses[args.steps // 2:]
-        print(f"{tangent}: error {error(learned_u(net, noise)):.3f}, "
-              f"loss_u {late.mean():.2f} +- {late.std():.2f}", flush=True)
-    print(f"v at t = 1, taken for u: error {error(exact_v(noise, 1)):.2f}")
-    save_picture(draw_field(plot, net, points), args.out or "results/field.png", 90)
+    def error(end):
+        return (end - exact_end).norm() / (few - exact_end).norm()
+
+    for tangent in reversed(imf.TANGENTS):
+        torch.manual_seed(args.seed)
+        net, losses = train_in_the_plane(tangent, args.steps)
+        print(f"{tangent}: error {error(samples(few, 1)):.3f}, "
+              f"loss_u {losses.mean():.2f} +- {losses.std():.2f}", flush=True)
+    print(f"v at t = 1, taken for u: error {error(few - exact_v(few, 1)):.2f}")
+    panels = [*(samples(noise, steps) for steps in (1, 2, 4)), gaussians(50_000)]
+    figure, axes = pyplot.subplots(1, 4, figsize=(11, 2.9), layout="compressed")
+    for axis, points, title in zip(axes, panels, ("1 step", "2 steps", "4 steps", "exact")):
+        axis.hist2d(*points.T.numpy(), 100, range=((-3.4, 3), (-3.1, 3.3)), vmax=60, cmap="magma")
+        axis.set(title=title, aspect="equal", xticks=(), yticks=())
 
 
 # ---- tangents: the logs of runs that differ in --tangent and --seed ----
 
 
-def read_runs(folders):
-    """(the steps of the logs, {tangent: loss_u (seeds, records)}) of runs. Raises ValueError."""
-    found, steps = {}, None
-    for folder in folders:
-        settings = sample.load_file(Path(folder, "last.pt"))["settings"]
-        records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-        if steps not in (None, [record["step"] for record in records]):
-            raise ValueError(f"{folder}: its log has other steps than that of {folders[0]}")
-        steps = [record["step"] for record in records]
-        losses = [record["loss_u"] for record in records]
-        found.setdefault(settings["tangent"], []).append((settings["seed"], losses))
-    if len(steps) < 4:
-        raise ValueError("at least 4 records are needed in each log, see --log-every of train.py")
-    return np.array(steps), {
-        tangent: np.array([losses for _, losses in sorted(found[tangent])])
-        for tangent in COLOURS if tangent in found}
-
-
 def tangents(args):
-    """Prints for each tangent, seed by seed, the mean of loss_u over the last sixth of the records,
-    and its noise: the standard deviation from record to record in the second half. Draws both."""
-    plot = pyplot()
-    steps, runs = read_runs(args.folders)
-    window = min(10, len(steps))
-    figure, (one, every) = plot.subplots(1, 2, figsize=(9.6, 3.4))
+    """Prints for each tangent, run by run, the mean of loss_u over the last sixth of the records,
+    and its noise: the standard deviation from record to record in the second half. Draws the first
+    run of each (thin), and means of ten records: of all runs (thick) and their range (band)."""
+    runs = {}
+    for folder in args.folders:
+        tangent = sample.load_file(Path(folder, "last.pt"))["settings"]["tangent"]
+        log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        runs.setdefault(tangent, []).append([record["loss_u"] for record in log])
+    steps, window = np.array([record["step"] for record in log]), min(10, len(log))
+    figure, axis = pyplot.subplots(figsize=(8, 3.4))
     for tangent, losses in runs.items():
+        losses, colour = np.array(losses), f"C{imf.TANGENTS.index(tangent)}"
         last = losses[:, len(steps) * 5 // 6:].mean(1)
         noise = np.diff(losses[:, len(steps) // 2:]).std(1) / 2**0.5
         print(f"{tangent}: loss_u {last.round(3)}, noise {noise.round(3)}")
-        one.plot(steps, losses[0], COLOURS[tangent], lw=0.8, label=tangent)
-        smooth = np.array([np.convolve(row, np.ones(window) / window, "valid") for row in losses])
-        late = steps[window - 1:]
-        every.fill_between(late, smooth.min(0), smooth.max(0), color=COLOURS[tangent], alpha=0.25,
-                           lw=0)
-        every.plot(late, smooth.mean(0), COLOURS[tangent])
-    every_steps = steps[1] - steps[0]
-    one.set(title=f"loss_u, first seed, means of {every_steps} steps", xlabel="step")
-    every.set(title=f"means of {window * every_steps} steps, all seeds and their range",
-              xlabel="step")
-    one.set_ylim(0.2, 0.55)
-    every.set_ylim(0.2, 0.45)
-    one.legend()
-    save_picture(figure, args.out or "results/tangents.png", 80)
+        smooth = np.array([np.convolve(run, np.ones(window) / window, "valid") for run in losses])
+        axis.plot(steps, losses[0], colour, lw=0.7, alpha=0.6)
+        axis.fill_between(steps[window - 1:], smooth.min(0), smooth.max(0), color=colour, alpha=0.2)
+        axis.plot(steps[window - 1:], smooth.mean(0), colour, lw=2, label=tangent)
+    shown = np.concatenate(list(runs.values()))[:, len(steps) // 8:]  # the start would hide it
+    axis.set(xlabel="step", ylabel="loss_u", ylim=(0.9 * shown.min(), 1.1 * shown.max()))
+    axis.legend()
 
 
 # ---- variance: V for pairs (x, e) that all lie at the same z_t ----
 
 
-def pairs_at_one_point(digits, t, n):
-    """(z, e - x of n pairs): z a noisy digit, the pairs drawn from all that give this z. The data
-    are known, so they can be: x has the weight p(z | x), and e follows from z and x."""
-    z = (1 - t) * digits[torch.randint(len(digits), ())] + t * torch.randn(digits.shape[1:])
-    log_weights = -(z - (1 - t) * digits).square().sum((1, 2, 3)) / (2 * t**2)
-    x = digits[torch.multinomial(log_weights.softmax(0), n, True)]
-    return z.expand_as(x).contiguous(), (z - x) / t
-
-
 @torch.no_grad()
-def conditional_V(net, z, t, velocity, label):
-    """V = u + t du/dt with r = 0 and omega 1, the JVP along each pair's own e - x."""
-    one = torch.ones(len(z))
-    y = torch.full((len(z),), label)
-
-    def u(z, t, h):
-        return net.u(z, t, h, one, 0 * one, one, y)
-
-    with sdpa_kernel(SDPBackend.MATH):
-        u, du_dt = torch.func.jvp(u, (z, t * one, t * one), (velocity, one, one))
-    return u + t * du_dt
-
-
 def variance(args):
-    """Prints for three times t, of 50 noisy digits and 32 pairs each: the variance per pixel of
-    e - x, of V along e - x, and of their difference. (Along v_theta, V is the same for all.)"""
+    """Prints for three times t the variance per pixel of e - x, of V along e - x (r = 0), and of
+    V - (e - x), over 32 pairs (x, e) that all give one noisy digit z; means over 50 digits."""
     net, _ = sample.load(args.checkpoint)
     images, labels = train.digits(20_000)
-    if (net.image_size, net.channels, net.num_classes) != (images.shape[2], 1, 10):
+    if (net.image_size, net.channels, net.num_classes) != (32, 1, 10):
         raise ValueError(f"{args.checkpoint} was not trained on the digits")
-    torch.manual_seed(args.seed)
+    one = torch.ones(32)
     for t in (0.9, 0.8, 0.7):
         found = []
         for label in labels[:50].tolist():
+            # the data are known: given z, x has the weight p(z | x), and e follows from z and x
             digits = torch.from_numpy(images[labels == label]) / 127.5 - 1
-            z, velocity = pairs_at_one_point(digits, t, 32)
-            V = conditional_V(net, z, t, velocity, label)
+            z = (1 - t) * digits[torch.randint(len(digits), ())] + t * torch.randn(1, 32, 32)
+            log_weights = -(z - (1 - t) * digits).square().sum((1, 2, 3)) / (2 * t**2)
+            x = digits[torch.multinomial(log_weights.softmax(0), 32, True)]
+            velocity, y = (z - x) / t, torch.full((32,), label)
+            where = z.repeat(32, 1, 1, 1), t * one, t * one, one, 0 * one, one, y
+            V = net.u(*where) + t * imf.total_derivative(net.u, velocity, *where)
             found.append([values.var(0).mean() for values in (velocity, V, V - velocity)])
-        target, of_V, error = np.mean(found, 0)
-        print(f"t {t}: e - x {target:.3f}, V {of_V:.3f}, V - (e - x) {error:.3f}")
+        print(f"t {t}: e - x {{:.3f}}, V {{:.3f}}, V - (e - x) {{:.3f}}".format(*np.mean(found, 0)))
 
 
-# ---- plane, tokens: the diagrams of README.md ----
+# ---- rows, grid: what a trained network does ----
+
+
+def start(args, classes):
+    """(net, noise, classes) for pictures of a checkpoint. Raises ValueError."""
+    net, info = sample.load(args.checkpoint)
+    if net.v_heads is None or info["vae"] != "none":
+        raise ValueError(f"{args.checkpoint}: a network of pixels with a v-head is needed")
+    y = torch.tensor([k * net.num_classes // 10 for k in classes])
+    return net, torch.randn(len(y), net.channels, net.image_size, net.image_size), y
+
+
+@torch.no_grad()
+def along_v(net, z, y, steps, omega):
+    """z at t = 1, ..., 0 by flow matching: many small steps of the v-head's velocity."""
+    path, omega = [z], torch.full((len(y),), omega)
+    for t in torch.linspace(1, 0, steps + 1)[:-1].repeat(len(y), 1).T:
+        path.append(path[-1] - imf.velocity(net.v, path[-1], t, omega, y) / steps)
+    return path
+
+
+def draw(pictures, width, columns=()):
+    """A row for each {label: images (B, C, H, W) in [-1, 1]}."""
+    figure, axes = pyplot.subplots(len(pictures), 1, figsize=(width, 3.2), layout="compressed")
+    for axis, (label, x) in zip(axes, pictures.items()):
+        x = nn.functional.pad(x.clamp(-1, 1).expand(-1, 3, -1, -1), (1, 1), value=1)
+        axis.imshow(x.permute(2, 0, 3, 1).flatten(1, 2) / 2 + 0.5)
+        axis.set(xticks=(), yticks=(), frame_on=False)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
+    axis.set_xticks([x.shape[3] * (k + 0.5) for k in range(len(columns))], columns)
+
+
+def rows(args):
+    """Draws pictures from the same noise by flow matching (1 and 100 steps) and by u (1 step)."""
+    net, z, y = start(args, range(10))
+    draw({"flow matching,\none step": along_v(net, z, y, 1, args.omega)[-1],
+          "flow matching,\n100 steps": along_v(net, z, y, 100, args.omega)[-1],
+          "average velocity,\none step": imf.sample(net, z, y, 1, args.omega)}, 10)
+
+
+@torch.no_grad()
+def grid(args):
+    """Draws z_t, u(z_t, 0, t), z_t - t u at five times of a path; class: last digit of --seed."""
+    net, noise, y = start(args, [args.seed % 10])
+    z = torch.cat(along_v(net, noise, y, 5 * 20, args.omega)[:100:20])
+    t = torch.tensor((1, 0.8, 0.6, 0.4, 0.2))
+    u = net.u(z, t, t, torch.full((5,), args.omega), 0 * t, 0 * t + 1, y.expand(5))
+    draw({"$z_t$": z, "$u(z_t, 0, t)\\,/\\,2$": u / 2, "$z_t - t\\,u$": z - imf.column(t) * u}, 6,
+         [f"t = {time:.1f}" for time in t])
+
+
+# ---- plane, tokens: diagrams ----
 
 
 def plane(args):
-    """Draws, for data around -1.5 and 1.5 on a line: straight lines from data to noise, the path on
-    which their mean velocity v leads, and its chord, whose slope is u."""
-    plot = pyplot()
-    means, std, steps = torch.tensor([[-1.5], [1.5]]), 0.15, 400
-    torch.manual_seed(args.seed)
-    figure, axis = plot.subplots(figsize=(7, 3.2))
-    x = means[torch.arange(24) % 2] + std * torch.randn(24, 1)
-    ends = torch.cat((x, torch.randn(24, 1)), 1)
-    axis.plot((0, 1), ends.T, color="0.8", lw=0.8)
-
-    # backwards from z_1 by the midpoint rule
-    times = torch.linspace(1, 0, steps + 1)
-    path = [torch.tensor([[0.2]])]
-    for t in times[:-1]:
-        middle = path[-1] - exact_v(path[-1], t, means, std) / (2 * steps)
-        path.append(path[-1] - exact_v(middle, t - 1 / (2 * steps), means, std) / steps)
-    path = torch.cat(path)[:, 0]
+    """Draws lines from data around -1.5 and 1.5 to noise, a path along v, and its chord, u."""
+    means, std = torch.tensor([[-1.5], [1.5]]), 0.15
+    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    axis.plot((1, 0), (torch.randn(24), gaussians(24, means, std)[:, 0]), color="0.85", lw=0.8)
+    times = torch.linspace(1, 0, 401)
+    path = exact_path(torch.tensor([[0.01]]), 400, means, std)[:, 0, 0]
+    ends = [60, 380]  # the points at t and at r
+    (t, _), (z_t, z_r) = times[ends], path[ends]
+    slope = exact_v(z_t.view(1, 1), t, means, std).item()
     axis.plot(times, path, "tab:blue", lw=2.5)
-    late, early = round(0.08 * steps), round(0.85 * steps)  # of t and of r
-    axis.plot(times[[early, late]], path[[early, late]], "o-", color="tab:red", lw=2.5)
-    axis.annotate("", (times[late] - 0.3, path[late] - 0.3 * exact_v(
-        path[late].view(1, 1), times[late], means, std).item()), (times[late], path[late]),
-        arrowprops={"arrowstyle": "-", "lw": 2.5, "color": "tab:green"})
-
-    notes = {"$z_t$": (late, 0.01, 0.2), "$z_r$": (early, 0, 0.25)}
-    for text, (k, right, up) in notes.items():
-        axis.text(times[k] + right, path[k] + up, text, fontsize=13)
-    axis.text(0.6, -0.35, "$v(z_t, t)$: slope at $z_t$", color="tab:green", fontsize=11)
-    axis.text(0.2, 0.05, "the path along $v$", color="tab:blue", fontsize=11)
-    axis.text(0.42, 1.3, "$u(z_t, r, t)$: slope of the chord", color="tab:red", fontsize=11)
-    axis.text(0.02, -2.25, "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$", color="0.5",
-              fontsize=11)
-    axis.set(xlim=(-0.01, 1.01), ylim=(-2.5, 2.5), xticks=(0, 1), yticks=(), xlabel="time t")
-    axis.set_xticklabels(("t = 0\ndata", "t = 1\nnoise"))
-    save_picture(figure, args.out or "results/plane.png", 110)
+    axis.plot(times[ends], path[ends], "o-", color="tab:red", lw=2.5)
+    axis.plot((t, t - 0.3), (z_t, z_t - 0.3 * slope), "tab:green", lw=2.5)
+    for x, y, colour, text in (
+            (t, z_t + 0.2, "black", "$z_t$"), (0.05, z_r + 0.2, "black", "$z_r$"),
+            (0.57, -0.35, "tab:green", "$v(z_t, t)$: slope at $z_t$"),
+            (0.08, -0.2, "tab:blue", "the path along $v$"),
+            (0.4, 1.0, "tab:red", "$u(z_t, r, t)$: slope of the chord"),
+            (0.02, -2.1, "0.5", "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$")):
+        axis.text(x, y, text, color=colour, fontsize=12)
+    axis.set(xlim=(-0.01, 1.01), ylim=(-2.3, 2.3), yticks=(), xlabel="time t")
+    axis.set_xticks((0, 1), ("t = 0\ndata", "t = 1\nnoise"))
 
 
 def tokens(args):
     """Draws the sequence of tokens, the trunk, and the two heads."""
-    plot = pyplot()
-    figure, axis = plot.subplots(figsize=(9, 3.4))
-    groups = [("class", 8, "tab:purple"), ("omega", 4, "tab:orange"), ("t_min", 2, "tab:olive"),
-              ("t_max", 2, "tab:green"), ("h = t - r", 4, "tab:cyan"),
-              ("patches of z", 12, "tab:blue")]
-    left = 0
-    for name, n, colour in groups:
-        for k in range(n):
-            axis.add_patch(plot.Rectangle((left + k + 0.08, 0), 0.84, 0.9, color=colour, alpha=0.7))
-        axis.text(left + n / 2, -0.25, name, ha="center", va="top", fontsize=9)
-        label = f"{n}" if name != "patches of z" else "(H / p) (W / p)"
-        axis.text(left + n / 2, -0.9, label, ha="center", va="top", fontsize=8, color="0.4")
-        left += n
+    figure, axis = pyplot.subplots(figsize=(9, 3.4))
+    axis.set(xlim=(-0.2, 32.2), ylim=(-1.3, 5.7), xticks=(), yticks=(), frame_on=False)
 
-    def box(x, y, width, text):
-        axis.add_patch(plot.Rectangle((x, y), width, 1, fc="0.93", ec="0.3"))
+    def box(x, y, width, text="", colour="0.93"):
+        axis.add_patch(pyplot.Rectangle((x, y), width, 1, fc=colour, ec="0.3"))
         axis.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=10)
 
-    def arrow(start, end):
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
-
-    box(0, 1.6, left, "trunk: depth - head_depth blocks (attention over all tokens, SwiGLU)")
+    left = 0
+    for k, (label, n) in enumerate({
+            "class\n8": 8, "omega\n4": 4, "t_min\n2": 2, "t_max\n2": 2, "h = t - r\n4": 4,
+            "patches of z\n(H / p) (W / p)": 12}.items()):
+        for token in range(n):
+            box(left + token + 0.08, 0, 0.84, "", pyplot.get_cmap("Set3")(k))
+        axis.text(left + n / 2, -0.2, label, ha="center", va="top", fontsize=9)
+        left += n
+    box(0, 1.7, 32, "trunk: depth - head_depth blocks (attention over all tokens, SwiGLU)")
     box(0, 3.4, 15, "u-head: head_depth blocks")
-    box(left - 15, 3.4, 15, "v-head: head_depth blocks (only to train)")
-    arrow((left / 2, 0.95), (left / 2, 1.55))
-    for x, name in ((7.5, "u (or x_u): average velocity"), (left - 7.5, "v (or x_v): velocity")):
-        arrow((x, 2.65), (x, 3.35))
-        arrow((x, 4.45), (x, 5.05))
-        axis.text(x, 5.15, f"{name}, from the patch tokens", ha="center", fontsize=10)
-    axis.set(xlim=(-0.2, left + 0.2), ylim=(-1.5, 5.7))
-    axis.axis("off")
-    save_picture(figure, args.out or "results/tokens.png", 110)
-
-
-# ---- rows: what the average velocity is good for ----
-
-
-class FlowMatching:
-    """The v-head alone as a network of imf.sample: dz/dt = v, with no notion of a long step."""
-
-    def __init__(self, net):
-        self.net, self.channels, self.image_size = net, net.channels, net.image_size
-        self.parameters, self.shared_blocks, self.u_heads = net.parameters, (), ()
-
-    def u(self, z, t, h, omega, t_min, t_max, y):
-        return self.net.v(z, t, 0 * h, omega, 0 * t_min, 0 * t_max + 1, y)
-
-
-def rows(args):
-    """Draws three rows of images from the same noise: flow matching in one step and in 100 steps,
-    and the average velocity in one step."""
-    plot = pyplot()
-    net, info = sample.load(args.checkpoint)
-    if net.v_heads is None or info["vae"] != "none":
-        raise ValueError(f"{args.checkpoint}: a network of pixels with a v-head is needed")
-    kinds = {"flow matching,\none step": (FlowMatching(net), 1),
-             "flow matching,\n100 steps": (FlowMatching(net), 100),
-             "average velocity,\none step": (net, 1)}
-    figure, axes = plot.subplots(3, 1, figsize=(10, 3.3))
-    for axis, (name, (kind, steps)) in zip(axes, kinds.items()):
-        batches = sample.generate(kind, range(10), range(net.num_classes), args.seed, steps=steps,
-                                  omega=args.omega)
-        images = np.pad(np.concatenate(list(batches)), ((0, 0), (0, 0), (1, 1), (1, 1)))
-        axis.imshow(images.transpose(2, 0, 3, 1).reshape(images.shape[2], -1, 3))
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    save_picture(figure, args.out or "results/rows.png", 100)
+    box(17, 3.4, 15, "v-head: head_depth blocks (only to train)")
+    for x, y in (16, 1.02), (7.5, 2.72), (24.5, 2.72), (7.5, 4.42), (24.5, 4.42):
+        axis.annotate("", (x, y + 0.65), (x, y), arrowprops={"arrowstyle": "->", "color": "0.3"})
+    axis.text(7.5, 5.15, "u (or x_u): average velocity, from the patch tokens", ha="center")
+    axis.text(24.5, 5.15, "v (or x_v): velocity, from the patch tokens", ha="center")
 
 
 def main():
-    parser = sample.command_line(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (field, tangents, variance, plane, tokens, rows):
+    for function in (densities, tangents, variance, rows, grid, plane, tokens):
         command = commands.add_parser(function.__name__, description=function.__doc__)
         command.set_defaults(function=function)
-        flag = command.add_argument
-        if function is tangents:
-            flag("folders", nargs="+", metavar="OUT", help="--out of a run of train.py")
-        elif function is not tokens:
-            flag("--seed", type=sample.number(int, 0), default=0)
-        if function is field:
-            flag("--steps", type=sample.number(int, 2), default=3000)
-        if function in (variance, rows):
-            flag("checkpoint", nargs="?", default="out/last.pt")
-        if function is rows:
-            flag("--omega", type=sample.number(float, 1e-6), default=1)
+        command.add_argument("--seed", type=int, default=0)
         if function is not variance:
-            flag("--out", metavar="FILE.png")
+            command.add_argument("--out", default=f"results/{function.__name__}.png")
+        if function is tangents:
+            command.add_argument("folders", nargs="+", metavar="OUT", help="of runs of train.py")
+        if function is densities:
+            command.add_argument("--steps", type=sample.count, default=3000)
+        if function in (variance, rows, grid):
+            command.add_argument("checkpoint", nargs="?", default="out/last.pt")
+        if function in (rows, grid):
+            command.add_argument("--omega", type=sample.positive, default=1.0)
     args = parser.parse_args()
+    torch.manual_seed(args.seed)
     args.function(args)
+    if pyplot.get_fignums():
+        pyplot.savefig(args.out, dpi=110, bbox_inches="tight")
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def judge_digits(samples, labels, real, real_labels):
     nearest = (normalise(samples) @ normalise(real).T).argmax(1)
     around = F.max_pool2d(torch.from_numpy(real[nearest]).float(), 3, 1, 1).numpy()
     ratios = spread(samples, labels) / spread(real, real_labels)
-    print(f"    most similar real digit of the class asked for "
+    print(f"    most similar real digit of the class asked for: "
           f"{(real_labels[nearest] == labels).mean():.1%}, "
           f"speckle {np.sqrt(np.mean((samples[around == 0] / 255) ** 2)):.4f}, spread",
           ", ".join(f"{name} {value:.2f}" for name, value in zip(FEATURES, ratios)))
