@@ -2,7 +2,7 @@
 
     python -m results.bench [MODEL [BATCH [RUNS [KIND ...]]]]         default: B/2 4 3, three kinds
 
-A KIND is `literal` (the loss as one would port it, `literal_loss` in test_imf.py, on nn.Linear) or
+A KIND is `literal` (the loss as one would port it, `literal_loss`, on nn.Linear) or
 `ours`, with options behind it: "ours --compile", "ours bf16", "ours bf16 --compile". Every run is a
 process of its own, and the kinds take turns. On CUDA all run in bf16.
 
@@ -18,10 +18,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import imf, model, sample, train
-from test_imf import literal_loss
 
 KINDS = "literal", "ours", "ours --compile", "ours bf16", "ours bf16 --compile"
 PEAK = 989e12  # dense bf16 operations a second of an H100 or H200, by its datasheet
+
+
+def literal_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
+    """The definition, as one would port it: three evaluations of the whole network for the
+    guided target, then a JVP of the whole network over the whole batch that carries gradients."""
+    e, t, r, omega, t_min, t_max, drop = draws
+    zero, one, null = torch.zeros_like(t), torch.ones_like(t), torch.full_like(y, net.num_classes)
+    z = (1 - imf.column(t)) * x + imf.column(t) * e
+    with torch.no_grad():
+        inside = torch.where((t_min <= t) & (t <= t_max), omega, 1)
+        pair = net(torch.cat((z, z)), t.repeat(2), zero.repeat(2), torch.cat((omega, one)),
+                   zero.repeat(2), one.repeat(2), torch.cat((y, null)))[1]
+        v_u = pair[len(x):]
+        u_at_r_equal_t, v_c = net(z, t, zero, inside, zero, one, y)
+        target = e - x if net.predict == "u" else (z - x) / imf.column(t.clamp(min=0.05))
+        v_g = target + imf.column(1 - 1 / inside) * (v_c - v_u)
+    y = torch.where(drop, null, y)
+    v_g = torch.where(imf.column(drop), target, v_g)
+    dz = {"v-head": v_c, "boundary": u_at_r_equal_t, "conditional": v_g}[tangent]
+    u, du_dt, v = torch.func.jvp(
+        lambda z, t, r: net(z, t, t - r, omega, t_min, t_max, y), (z, t, r), (dz, one, zero),
+        has_aux=True)
+    V = u + imf.column(t - r) * du_dt.detach()
+    s_u, s_v = ((p - v_g).square().sum((1, 2, 3)) for p in (V, v))
+    return (s_u / (s_u + norm_eps).detach() + s_v / (s_v + norm_eps).detach()).mean()
 
 
 def timed(function, calls):
