@@ -23,14 +23,14 @@ from sample import count, positive
 # (for tiny, other networks of pixels, latents: the release, with epochs of 1,251 steps; type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
-    "steps": (1700, 100_000, 640 * 1251, count, "training steps"),
+    "steps": (1900, 100_000, 640 * 1251, count, "training steps"),
     "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which it falls to 0"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
     "t_mean": (0.4, 0.4, -0.4, float, "t >= r: two draws of sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.4, 1.0, positive, "see --t-mean"),
-    "norm_eps": (100, 100, 0.01, positive, "a sample's loss is s / (s + eps), s its error"),
+    "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
 
