@@ -27,7 +27,7 @@ def layers_of(folder, size):
     """The pictures of each sub-folder of a set, RGBA of this size. The part of its name behind #
     says which sub-folder lies on top. Raises ValueError."""
     folders = sorted(folder.glob("*#*"), key=lambda path: path.name.split("#")[1])
-    layers = [[Image.open(path).convert("RGBA").resize((size, size), Image.BOX, reducing_gap=None)
+    layers = [[Image.open(path).convert("RGBA").resize((size, size), Image.BOX)
                for path in sorted(sub_folder.glob("*.png"))] for sub_folder in folders]
     if not layers or not all(layers):
         raise ValueError(f"{folder}: no artwork here; expected robohash 2.0")
@@ -37,10 +37,9 @@ def layers_of(folder, size):
 def main():
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
-    flag("--size", type=int, default=32)
-    flag("--num", type=int, default=20_000)
+    flag("--size", type=sample.count, default=32)
+    flag("--num", type=sample.count, default=20_000)
     flag("--out", default="robots.npz")
-    flag("--seed", type=int, default=0)
     args = parser.parse_args()
     found = importlib.util.find_spec("robohash")
     if found is None:
