@@ -216,7 +216,7 @@ def main():
     scores = {}
     (mu, sigma), features, logits, size = evaluate(inception, *sides[0])
     if args.save:
-        np.savez(Path(args.save).with_suffix(".npz"), mu=mu, sigma=sigma)
+        np.savez(args.save, mu=mu, sigma=sigma)
     if args.B:
         reference, real, _, real_size = evaluate(inception, *sides[1])
         if size and real_size and size != real_size:

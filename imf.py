@@ -96,7 +96,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         elif tangent == "boundary":
             dz = velocity(dit.u, z[m:], t[m:], omega_prime[m:], y[m:])
         elif tangent == "conditional":
-            dz = v_g[m:]
+            dz = v_g[m:]  # e - x, guided
         else:
             raise ValueError(f"tangent {tangent!r} is none of {', '.join(TANGENTS)}")
 
@@ -105,7 +105,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         du_dt[m:] = total_derivative(
             dit.u, dz, z[m:], t[m:], h[m:], omega[m:], t_min[m:], t_max[m:], y[m:])
 
-    V = u + column(t - r) * du_dt
+    V = u + column(h) * du_dt
     loss = weighted_error(V, v_g, norm_eps) + weighted_error(v, v_g, norm_eps)
     return loss, {"loss_u": (V - v_g).detach().square().mean(),
                   "loss_v": (v - v_g).detach().square().mean()}

@@ -20,16 +20,16 @@ from tqdm import tqdm
 import imf, model, sample
 from sample import count, positive
 
-# (for tiny, other networks of pixels, latents: the release, with epochs of 1,251 steps; type, help)
+# flag: (for tiny, for other networks on pixels, for latents as in the release, type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
     "steps": (1900, 100_000, 640 * 1251, count, "training steps"),
     "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
-    "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which it falls to 0"),
+    "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
-    "t_mean": (0.4, 0.4, -0.4, float, "t >= r: two draws of sigmoid(N(mean, std^2))"),
-    "t_std": (1.4, 1.4, 1.0, positive, "see --t-mean"),
+    "t_mean": (0.4, 0.4, -0.4, float, "mean of logit t: t >= r are sigmoid(N(mean, std^2))"),
+    "t_std": (1.4, 1.4, 1.0, positive, "its standard deviation"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
@@ -98,8 +98,8 @@ def prepare(args, vae, rank, world):
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
     found = [sample.images_in(Path(args.data, name)) for name in classes]
     paths, labels = sum(found, []), np.repeat(range(len(found)), [len(part) for part in found])
-    newest = max(os.stat(path).st_mtime for path in paths)
-    about = {"classes": classes, "images": len(paths), "newest": newest, "vae": args.vae}
+    times = sum(os.stat(path).st_mtime_ns for path in paths)
+    about = {"classes": classes, "images": [*map(len, found)], "times": times, "vae": args.vae}
     n, size = len(paths), args.image_size
     folder = os.path.abspath(args.data) + f"-{size}px" + ("-latents" if vae else "")
     if Path(folder, "about.json").exists():
@@ -131,10 +131,10 @@ def prepare(args, vae, rank, world):
 
 def decoded_data(folder):
     """(images, mapped into memory, labels, about.json) of `prepare`. Raises ValueError."""
-    with sample.reading(folder, "delete it, it is damaged"):
+    with sample.reading(folder, "expected what train.py decoded; if it did, delete it"):
         about = json.loads(Path(folder, "about.json").read_text())
         images = np.load(Path(folder, "images.npy"), mmap_mode="r")
-        return images, np.load(Path(folder, "labels.npy")), about
+        return images, np.load(Path(folder, "labels.npy")), {"vae": about["vae"], **about}
 
 
 def load_data(args, vae, rank, world):
@@ -343,7 +343,7 @@ def main():
                 good_step = step
             elif step - good_step == 100:
                 raise ValueError("no finite gradient in 100 steps: lower --lr? last.pt is kept")
-            optimizer.zero_grad(set_to_none=False)  # or DDP would need other memory for them
+            optimizer.zero_grad(set_to_none=False)  # DDP keeps them in its buckets
             history.append((loss_u, loss_v, norm, time.time() - began))
             step += 1
             bar.update()
