@@ -5,7 +5,7 @@
 
 A and B: folders of pictures, decoded folders, .npz of images (arr_0) or statistics (mu, sigma)."""
 
-import re
+import os, re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -199,18 +199,18 @@ def evaluate(inception, statistics, pictures):
 
 def main():
     parser = sample.command_line(__doc__)
-    flag = parser.add_argument
-    flag("A", help="what is judged")
-    flag("B", nargs="?", help="what it is compared with; without B: the Inception Score alone")
-    flag("--save", metavar="FILE.npz", help="keep A's statistics")
-    flag("--inception", metavar="FILE", help="its state dict; default: downloaded once")
+    parser.add_argument("A", help="what is judged")
+    parser.add_argument("B", nargs="?", help="what it is compared with; without: the IS alone")
+    parser.add_argument("--save", metavar="FILE.npz", help="keep A's statistics in a new file")
+    parser.add_argument("--inception", metavar="FILE", help="default: downloaded once")
     args = parser.parse_args()
     device, *_ = sample.join(args.device)
+    if args.save and any(map(os.path.exists, (args.save, f"{args.save}.npz"))):
+        raise ValueError(f"--save {args.save}: there is such a file, and it is not overwritten")
     sides = [read(path) for path in (args.A, args.B) if path]
     if not args.B and not len(sides[0][1]):
         raise ValueError(f"{args.A} holds statistics alone: give B to compare them with")
-    needed = any(len(pictures) for _, pictures in sides)
-    inception = Inception(args.inception).to(device) if needed else None
+    inception = any(len(found) for _, found in sides) and Inception(args.inception).to(device)
 
     # A's statistics, and the scores
     scores = {}

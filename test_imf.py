@@ -612,8 +612,8 @@ REFUSED = {
         --data fine --image-size 15 -> --image-size; --out broken -> last.pt; --model XXL; --model
         B/0; --lr nan -> --lr; --steps 0 -> --steps; --ema 2 -> --ema; --data fine --vae no -> hub;
         --batch-size 8 --accum 3 -> --batch-size""",
-    fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz
-        one.npz --inception weights.pth -> two pictures; good.npz --inception
+    fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz --save
+        good; good.npz one.npz --inception weights.pth -> two pictures; good.npz --inception
         list.pt; good.npz deep --inception weights.pth -> 8 bits"""}
 
 
