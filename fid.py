@@ -34,12 +34,12 @@ class Parallel(nn.ModuleDict):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
 
-def mixed_5(n, pool):
+def mixed_5(n, pool_channels):
     return Parallel({
         "branch1x1": conv(n, 64, 1),
         "branch5x5": nn.Sequential(conv(n, 48, 1), conv(48, 64, 5)),
         "branch3x3dbl": nn.Sequential(conv(n, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
-        "branch_pool": nn.Sequential(AVERAGE, conv(n, pool, 1))})
+        "branch_pool": nn.Sequential(AVERAGE, conv(n, pool_channels, 1))})
 
 
 def mixed_6a():
@@ -161,11 +161,13 @@ def moments(features):
 
 
 def read(path):
-    """((mu, sigma) or None, pictures: paths, an array (N, C, H, W), or []) of A or B."""
-    with sample.reading(path, "expected images, not latents, or mu and sigma of 2048 features"):
+    """(statistics, pictures) of A or B: (mu, sigma) or None; paths, an array (N, C, H, W) or []."""
+    with sample.reading(path, "expected images, or mu and sigma of 2048 features"):
         if Path(path, "about.json").exists():
             images = np.load(Path(path, "images.npy"), mmap_mode="r")
-            return None, images.view(np.uint8).reshape(len(images), 3, *images.shape[2:])
+            if images.dtype != np.uint8:
+                raise ValueError("these are latents")
+            return None, images
         if not path.endswith(".npz"):
             return None, sample.images_in(path)
         arrays = sample.read_npz(path)
@@ -210,10 +212,10 @@ def main():
     sides = [read(path) for path in (args.A, args.B) if path]
     if not args.B and not len(sides[0][1]):
         raise ValueError(f"{args.A} holds statistics alone: give B to compare them with")
-    inception = any(len(found) for _, found in sides) and Inception(args.inception).to(device)
+    pictures = any(len(found) for _, found in sides)
+    inception = Inception(args.inception).to(device) if pictures else None
 
-    # A's statistics, and the scores
-    scores = {}
+    # A's statistics, and the scores, the quickest first
     (mu, sigma), features, logits, size = evaluate(inception, *sides[0])
     if args.save:
         np.savez(args.save, mu=mu, sigma=sigma)
@@ -221,13 +223,12 @@ def main():
         reference, real, _, real_size = evaluate(inception, *sides[1])
         if size and real_size and size != real_size:
             print(f"A is {size}, B {real_size}, which FID notices: decode B to the size of A")
-        scores["fid"] = frechet_distance(mu, sigma, *reference)
-        if min(len(features), len(real)) > 3:
-            scores["precision"], scores["recall"] = precision_recall(features, real)
+        print(f"fid {frechet_distance(mu, sigma, *reference):.7g}", flush=True)
     if len(logits):  # torch-fidelity shuffles before it splits
         shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
-        scores["is"], scores["is_std"] = inception_score(shuffled)
-    print("  ".join(f"{name} {value:.7g}" for name, value in scores.items()))
+        print("is {:.7g}  is_std {:.7g}".format(*inception_score(shuffled)), flush=True)
+    if args.B and min(len(features), len(real)) > 3:
+        print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@
     u(z_t, r, t) = 1/(t - r) int_r^t v dtau   average velocity: one step is z_r = z_t - (t - r) u
     u = v - (t - r) du/dt                     MeanFlow identity, du/dt along the flow dz/dt = v
 
-MeanFlow and improved MeanFlow minimise the same |V - (e - x)|^2, where V = u + (t - r) sg[du/dt] is
-the identity solved for v. sg, stop-gradient, makes du/dt a constant for the optimizer, so it does
-not matter on which side of the difference it stands. What differs is the direction of du/dt.
-MeanFlow takes e - x, which no network can know from z_t. Improved MeanFlow takes the network's own
-v(z_t): now V depends on (z_t, r, t) alone, and this is an ordinary regression."""
+MeanFlow regresses u on the identity's right side, sg[(e - x) - (t - r) du/dt], where sg, stop-
+gradient, makes a constant of it. Improved MeanFlow solves the identity for v and regresses
+V = u + (t - r) sg[du/dt] on e - x. Both minimise the square of the same difference. What is new is
+the direction of du/dt: MeanFlow takes e - x, which no network can know from z_t; improved MeanFlow
+takes the network's own v(z_t), so that V depends on (z_t, r, t) alone: an ordinary regression."""
 
 from typing import NamedTuple
 
@@ -44,16 +44,16 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
     # two logit-normal times: t is the larger one, r the smaller one, or t itself
     r, t = torch.sigmoid(t_mean + t_std * normals).sort(0).values
     index = torch.arange(B, device=device)
-    matching = index < int(B * flow_matching)
-    r = torch.where(matching, t, r)
+    r_is_t = index < int(B * flow_matching)
+    r = torch.where(r_is_t, t, r)
 
-    # omega has a density proportional to 1 / omega on [1, 8]; flow matching is guided at all times
+    # omega has a density proportional to 1 / omega on [1, 8]; where r = t it acts at all times
     omega = 8 ** for_omega
-    t_min = torch.where(matching, 0, for_t_min / 2)
-    t_max = torch.where(matching, 1, (1 + for_t_max) / 2)
+    t_min = torch.where(r_is_t, 0, for_t_min / 2)
+    t_max = torch.where(r_is_t, 1, (1 + for_t_max) / 2)
 
     # as in the release, the first samples lose their class
-    drop = matching & (index < (for_drop < class_dropout).sum())
+    drop = r_is_t & (index < (for_drop < class_dropout).sum())
     return Draws(noise, t, r, omega, t_min, t_max, drop)
 
 
@@ -61,9 +61,9 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     """(loss, {"loss_u", "loss_v"}) of clean data x (B, C, H, W) with classes y (B,).
 
     net is a DiT, or a DistributedDataParallel around one. loss_u and loss_v are the mean squared
-    errors of V and v; the loss itself is always near 2 (see weighted_error). tangent, the direction
-    of du/dt, is "v-head" (iMF), "boundary" (u at r = t, the paper's variant without a second head)
-    or "conditional" (the original MeanFlow). Raises ValueError."""
+    errors of V and v; the loss itself is near 2 if norm_eps is small (see weighted_error). tangent,
+    the direction of du/dt, is "v-head" (iMF), "boundary" (u at r = t, the paper's variant without a
+    second head) or "conditional" (the original MeanFlow). Raises ValueError."""
     dit = getattr(net, "module", net)  # the DiT in a DDP: what needs no gradients goes around DDP
     m = int((draws.r < draws.t).int().argmax())  # the samples [:m] have r = t, [m:] have r < t
     e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)

@@ -40,9 +40,8 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
     guidance = recommended(net, vae) | guidance
     device = next(net.parameters()).device
     shape = net.channels, net.image_size, net.image_size
-    size = 8 if device.type == "cpu" else 64
-    for start in range(0, len(numbers), size):
-        part = numbers[start:start + size]
+    for start in range(0, len(numbers), 32):
+        part = numbers[start:start + 32]
         noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in part]
         y = torch.tensor([classes[i % len(classes)] for i in part], device=device)
         x = imf.sample(net, torch.from_numpy(np.stack(noise)).to(device), y, **guidance)
@@ -124,6 +123,7 @@ def main():
     flag("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guided times, 0 to 1")
     flag("--classes", type=int, nargs="+", metavar="C", help="default: all")
     flag("--num", type=count, metavar="N", help="images per scale; default: 100, or 10 each")
+    flag("--seed", type=int, default=0, metavar="N", help="of the noise; default: 0")
     flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png beside CHECKPOINT")
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
@@ -148,9 +148,7 @@ def main():
     num = args.num or (100 if len(omegas) == 1 else 10)
     if num < len(classes):
         classes = [classes[k * len(classes) // num] for k in range(num)]
-    if rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        print(f"sampling {num * len(omegas)} images of {listed(info['classes'])}")
+    print(f"sampling {num * len(omegas)} images of {listed(info['classes'])}")
 
     # for each omega process k of n samples every n-th image, and all of them equally many
     numbers = range(rank, math.ceil(num / world) * world, world)
@@ -165,6 +163,7 @@ def main():
                 rest = rest[len(batch):]
                 bar.update(len(batch))
     if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
         labels = [classes[k % len(classes)] for k in range(num)] * len(omegas)
         write(out, images.reshape(-1, 3, side, side), labels, 10 if len(omegas) == 1 else num)
         print(f"wrote {out}")
@@ -174,8 +173,7 @@ def command_line(doc):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    parser.add_argument("--device", choices=["cpu", best.type], default=best.type)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--device", choices=sorted({"cpu", best.type}), default=best.type)
     return parser
 
 
@@ -208,16 +206,13 @@ def reading(path, expected):
     try:
         yield
     except DAMAGED as error:
-        raise ValueError(f"cannot read {path}: {expected} ({in_words(error)})") from error
-
-
-def in_words(error):
-    """An error or text in one line."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"cannot read {path}: {expected} ({reason})") from error
 
 
 def listed(names):
-    return f"{len(names)} classes: " + in_words(", ".join(f"{k} {n}" for k, n in enumerate(names)))
+    numbered = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+    return f"{len(names)} classes: {textwrap.shorten(numbered, 300, placeholder=' ...')}"
 
 
 def join(device):
@@ -230,13 +225,9 @@ def join(device):
         return device, 0, 1
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+    if dist.get_rank() > 0:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
     return device, dist.get_rank(), dist.get_world_size()
-
-
-def everyone():
-    """Waits until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def images_in(folder):
@@ -245,7 +236,7 @@ def images_in(folder):
     paths = sorted(glob.iglob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True))
     found = [path for path in paths if path.lower().endswith(tuple(readable))]
     others = [path for path in set(paths) - set(found) if os.path.isfile(path)]
-    if others and os.environ.get("RANK", "0") == "0":
+    if others:
         print(f"skipped {len(others)} files that are not pictures, such as {min(others)}")
     if not found:
         raise ValueError(f"{folder}: no such folder, or no pictures in it")

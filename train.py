@@ -79,7 +79,7 @@ def encode(paths, size, vae, damaged):
         try:
             return np.asarray(centre_crop(sample.open_image(path), size))
         except ValueError:
-            damaged.append(path)
+            damaged.append(path)  # the caller names them all at once
             return np.zeros((size, size, 3), np.uint8)
 
     with ThreadPoolExecutor() as pool:
@@ -107,7 +107,8 @@ def prepare(args, vae, rank, world):
             raise ValueError(f"{args.data} or the VAE has changed: delete {folder} to decode again")
         return folder
 
-    # every process decodes every n-th picture, and the first one writes them
+    # each of n processes decodes every n-th picture, and the first one writes them all; to make
+    # equal parts the last picture is decoded more than once
     if rank == 0:
         os.makedirs(folder, exist_ok=True)
         kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
@@ -120,12 +121,14 @@ def prepare(args, vae, rank, world):
             images[start:start + len(x)] = x
     if damaged:
         raise ValueError(f"pictures that cannot be read: {', '.join(sorted(set(damaged)))}")
-    sample.everyone()
+    if world > 1:
+        torch.distributed.barrier()  # until all know that none of theirs is damaged
     if rank == 0:
         images.flush()
         np.save(f"{folder}/labels.npy", labels)
         Path(folder, "about.json").write_text(json.dumps(about))  # where it exists, all is there
-    sample.everyone()
+    if world > 1:
+        torch.distributed.barrier()
     return folder
 
 
@@ -186,6 +189,7 @@ def arguments():
     flag("--out", default="out", metavar="DIR", help="default: out; what is there is continued")
     for name, (tiny, pixels, latents, kind, text) in RECIPES.items():
         flag("--" + name.replace("_", "-"), type=kind, help=f"{text}: {tiny}, {pixels}, {latents}")
+    flag("--seed", type=int, default=0, metavar="N", help="default: 0")
     flag("--accum", type=count, default=1, metavar="N", help="parts of a batch, one after another")
     flag("--grad-clip", type=positive, default=math.inf, metavar="NORM", help="default: none")
     flag("--predict", choices=["u", "x"], help="default: x for pixels, u for latents")
@@ -297,7 +301,7 @@ def write_samples(path, ema, vae, seed):
 
 
 def write_log(path, step, history, args):
-    """Adds a record: means over the steps since the last one, without those that were skipped."""
+    """Adds a record of process 0: means over the steps since the last one, skipped ones apart."""
     rows = torch.tensor(history)
     finite = rows[rows[:, 2].isfinite()]
     record = {"step": step, "skipped": len(rows) - len(finite), "lr": learning_rate(step - 1, args)}
@@ -319,10 +323,10 @@ def main():
     settings.update(data=where, images=len(images), classes=names, image_size=net.image_size)
     out, last = Path(args.out), Path(args.out, "last.pt")
     step = resume(last, settings, net, ema, optimizer) if last.exists() else 0
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{len(images)} images of {sample.listed(names)}")
-        print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(images)} images of {sample.listed(names)}")
+    print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "accum", *RECIPES)))
+    print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
     parallel = net
     if torch.distributed.is_initialized():
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -344,14 +348,14 @@ def main():
             elif step - good_step == 100:
                 raise ValueError("no finite gradient in 100 steps: lower --lr? last.pt is kept")
             optimizer.zero_grad(set_to_none=False)  # DDP keeps them in its buckets
-            history.append((loss_u, loss_v, norm, time.time() - began))
             step += 1
-            bar.update()
-
-            # log, samples, checkpoints
-            end, due = step == args.steps, step % args.save_every == 0
             if rank > 0:
                 continue
+
+            # log, samples, checkpoints, all by the first process
+            history.append((loss_u, loss_v, norm, time.time() - began))
+            bar.update()
+            end, due = step == args.steps, step % args.save_every == 0
             if end or step % args.log_every == 0:
                 bar.set_postfix(write_log(out / "log.jsonl", step, history, args))
                 history = []

@@ -175,6 +175,7 @@ def main():
     flag("batch_size", nargs="?", type=sample.count, default=4, metavar="batch")
     flag("runs", nargs="?", type=sample.count, default=3)
     flag("kinds", nargs="*", default=KINDS[:3], metavar="kind")
+    flag("--seed", type=int, default=0)
     flag("--one", action="store_true", help=argparse.SUPPRESS)  # a run, in a process of its own
     args = parser.parse_args()
     model.sizes(args.model)  # refuses a wrong name at once

@@ -37,6 +37,7 @@ def layers_of(folder, size):
 def main():
     parser = sample.command_line(__doc__)
     flag = parser.add_argument
+    flag("--seed", type=int, default=0)
     flag("--size", type=sample.count, default=32)
     flag("--num", type=sample.count, default=20_000)
     flag("--out", default="robots.npz")
