@@ -105,7 +105,7 @@ class Inception(nn.Module):
             state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
                 URL, map_location="cpu", check_hash=True, weights_only=True)
             self.load_state_dict({name: state[published(name)] for name in self.state_dict()
-                                  if not name.endswith("num_batches_tracked")}, strict=False)
+                                  if "num_batches" not in name}, strict=False)  # or KeyError
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def inception_score(logits, splits=10):
 
 def precision_recall(generated, real, k=3):
     """(precision, recall): the fraction of one set within the other's manifold, which is the union
-    of the balls from each point to the k-th neighbour. Features (N, D), N > k."""
+    of the balls from each point to its k-th neighbour (itself apart). Features (N, D), N > k."""
     def fraction(x, y):
         x, y = x.double(), y.double()
         radius = torch.cat([torch.cdist(part, y).topk(k + 1, largest=False).values[:, k]
@@ -217,8 +217,6 @@ def main():
 
     # A's statistics, and the scores, the quickest first
     (mu, sigma), features, logits, size = evaluate(inception, *sides[0])
-    if args.save:
-        np.savez(args.save, mu=mu, sigma=sigma)
     if args.B:
         reference, real, _, real_size = evaluate(inception, *sides[1])
         if size and real_size and size != real_size:
@@ -229,6 +227,8 @@ def main():
         print("is {:.7g}  is_std {:.7g}".format(*inception_score(shuffled)), flush=True)
     if args.B and min(len(features), len(real)) > 3:
         print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))
+    if args.save:
+        np.savez(args.save, mu=mu, sigma=sigma)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Draws(NamedTuple):
 
 def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
     """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's. The
-    first ones, a fraction `flow_matching`, have r = t, so that slices can leave out what is 0."""
+    first ones, a fraction `flow_matching`, have r = t, so that slices can leave out du/dt."""
     B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
@@ -52,7 +52,7 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
     t_min = torch.where(r_is_t, 0, for_t_min / 2)
     t_max = torch.where(r_is_t, 1, (1 + for_t_max) / 2)
 
-    # as in the release, the first samples lose their class
+    # as in the release, a tenth of all samples lose their class, and these are the first ones
     drop = r_is_t & (index < (for_drop < class_dropout).sum())
     return Draws(noise, t, r, omega, t_min, t_max, drop)
 
@@ -62,10 +62,10 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 
     net is a DiT, or a DistributedDataParallel around one. loss_u and loss_v are the mean squared
     errors of V and v; the loss itself is near 2 if norm_eps is small (see weighted_error). tangent,
-    the direction of du/dt, is "v-head" (iMF), "boundary" (u at r = t, the paper's variant without a
-    second head) or "conditional" (the original MeanFlow). Raises ValueError."""
+    the direction of du/dt, is "v-head" (iMF), "boundary" (u at r = t; the v-head is trained all the
+    same, for v_g) or "conditional" (the original MeanFlow). Raises ValueError."""
     dit = getattr(net, "module", net)  # the DiT in a DDP: what needs no gradients goes around DDP
-    m = int((draws.r < draws.t).int().argmax())  # the samples [:m] have r = t, [m:] have r < t
+    m = int((draws.r < draws.t).int().argmax())  # [:m] have r = t (if all have: m = 0, slower)
     e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)
     y = torch.where(drop, dit.num_classes, y)
     h = t - r
@@ -81,16 +81,17 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         omega_prime = torch.where(guided, omega, 1)
 
         # the network's velocity with class and guidance, and with neither; where r = t, h is 0 and
-        # the interval [0, 1], so that v is v_c already
+        # the interval [0, 1], so that v is v_c already (without class it counts 0 in v_g)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
-        # the target, guided; a network that predicts x divides by max(t, 0.05), so this must too
+        # the target, guided: v_c is guided already, so that the term added is (omega' - 1) times
+        # class minus no class; who predicts x divides by max(t, 0.05), and so must this
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 
-        # the direction of du/dt: this choice is all that iMF changes in MeanFlow's loss
+        # the direction of du/dt: this choice is all that iMF changes in MeanFlow's loss_u
         if tangent == "v-head":
             dz = v_c[m:]
         elif tangent == "boundary":
@@ -124,7 +125,7 @@ def velocity(branch, z, t, omega, y):
 
 def total_derivative(branch, dz, z, t, h, omega, t_min, t_max, y):
     """du/dt (B, C, H, W) along the flow, with r fixed: the JVP of `branch` (dit.u) with tangents dz
-    for z and 1 for h = t - r and t. (The blocks see h alone; a network that predicts x uses t.)
+    for z and 1 for both t and h. (The blocks see h alone; a network that predicts x uses t.)
 
     By hand, as torch.func.jvp refuses compiled blocks; and with plain attention, as the fused
     kernels have no forward derivative."""

@@ -27,7 +27,6 @@ VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(-1, 1, 1)
 LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(-1, 1, 1)
 
-# what damaged and foreign files make torch, NumPy and Pillow raise
 DAMAGED = (AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError,
            ValueError, Image.DecompressionBombError, pickle.UnpicklingError, struct.error,
            zipfile.BadZipFile, zlib.error)
@@ -55,7 +54,7 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
 def recommended(net, latents):
     """The default {"omega", "t_min", "t_max"}: the authors' for latents, ours for pixels."""
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (2, 0, 1))))
+    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (1.5, 0, 1))))
 
 
 def load(path, device="cpu"):
@@ -249,8 +248,7 @@ def open_image(path):
         if image.mode[0] in "IF":
             raise ValueError(f"its mode is {image.mode}")
         image = ImageOps.exif_transpose(image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def read_npz(path):

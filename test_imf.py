@@ -484,9 +484,9 @@ def test_a_full_disk_or_another_run_keeps_the_last_checkpoint(run, monkeypatch):
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     assert len(before) == 4 and sample.load_file("out/last.pt")["step"] == 1
     np.savez("digits.npz", train.digits(100)[0][:, 0], train.digits(100)[1])
-    for other in ("seed 1", "tangent boundary", "predict u", "model B/2", "data digits.npz"):
-        name, value = other.split()
-        run(train, *argv, f"--{name}", value, refused=[f"{name} was", "choose another --out"])
+    for other in ("seed 1", "tangent boundary", "predict u", "batch-size 2", "data digits.npz"):
+        name = other.split()[0].replace("-", "_")
+        run(train, *argv, *f"--{other}".split(), refused=[f"{name} was", "choose another --out"])
     assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
 
 

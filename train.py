@@ -4,10 +4,10 @@
     python train.py --data flowers --out out-flowers      your own images: flowers/rose/*.jpg, ...
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
-OUT (`out`) receives last.pt, log.jsonl and samples. The same command, on any number of processes,
-goes on where it stopped, with the same result. Defaults below: tiny, other pixels, latents."""
+OUT (default: out) receives last.pt, log.jsonl, samples. The same command, on any number of
+processes, goes on where it stopped, with the same result. Defaults: tiny, other pixels, latents."""
 
-import argparse, copy, functools, json, math, os, time
+import argparse, copy, functools, json, math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from sample import count, positive
 # flag: (for tiny, for other networks on pixels, for latents as in the release, type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
-    "steps": (1900, 100_000, 640 * 1251, count, "training steps"),
+    "steps": (3000, 100_000, 640 * 1251, count, "training steps"),
     "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
     "t_mean": (0.4, 0.4, -0.4, float, "mean of logit t: t >= r are sigmoid(N(mean, std^2))"),
     "t_std": (1.4, 1.4, 1.0, positive, "its standard deviation"),
-    "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its error"),
+    "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
 
@@ -51,7 +51,7 @@ def digits(n, seed=0):
 
 
 def npz_data(path):
-    """(images, labels, names of the classes) of an .npz, as `digits` returns them."""
+    """(images, labels, names of the classes) of an .npz: images uint8 (n, 1 or 3, size, size)."""
     with sample.reading(path, "expected square images arr_0, and their classes 0 to K - 1, arr_1"):
         arrays = sample.read_npz(path)
         images, labels = arrays["arr_0"], arrays["arr_1"].astype(np.int64, casting="safe")
@@ -107,11 +107,12 @@ def prepare(args, vae, rank, world):
             raise ValueError(f"{args.data} or the VAE has changed: delete {folder} to decode again")
         return folder
 
-    # each of n processes decodes every n-th picture, and the first one writes them all; to make
-    # equal parts the last picture is decoded more than once
+    # each process decodes every world-th picture, the last one repeated to fill the last batch
     if rank == 0:
         os.makedirs(folder, exist_ok=True)
         kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
+        if shutil.disk_usage(folder).free < n * math.prod(shape) * np.dtype(kind).itemsize:
+            raise ValueError(f"{folder}: there is not enough space on the disk")
         images = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", kind, (n, *shape))
     damaged = []
     for start in tqdm(range(0, n, 64 * world), "decoding", unit=" batches", disable=rank > 0):
@@ -136,8 +137,9 @@ def decoded_data(folder):
     """(images, mapped into memory, labels, about.json) of `prepare`. Raises ValueError."""
     with sample.reading(folder, "expected what train.py decoded; if it did, delete it"):
         about = json.loads(Path(folder, "about.json").read_text())
+        about = {name: about[name] for name in ("classes", "images", "times", "vae")}
         images = np.load(Path(folder, "images.npy"), mmap_mode="r")
-        return images, np.load(Path(folder, "labels.npy")), {"vae": about["vae"], **about}
+        return images, np.load(Path(folder, "labels.npy")), about
 
 
 def load_data(args, vae, rank, world):
@@ -217,8 +219,8 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not 0 <= args.cooldown <= 1 or args.ema > 1:
-        raise ValueError("--cooldown and --ema: expected numbers from 0 to 1")
+    if not 0 <= args.cooldown <= 1 or args.ema >= 1:
+        raise ValueError("--cooldown: expected a number from 0 to 1; --ema: a number below 1")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
@@ -295,8 +297,7 @@ def update_ema(ema, net, decay):
 def write_samples(path, ema, vae, seed):
     """A sheet of ten classes: two rows in one step, two rows in two."""
     classes = [k * ema.num_classes // 10 for k in range(10)]
-    images = [part for steps in (1, 2)
-              for part in sample.generate(ema, range(20), classes, seed, vae, steps=steps)]
+    images = [next(sample.generate(ema, range(20), classes, seed, vae, steps=k)) for k in (1, 2)]
     sample.write(path, np.concatenate(images), None, 10)
 
 
@@ -319,7 +320,8 @@ def main():
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, names, where = load_data(args, vae, rank, world)
     net, ema, optimizer = build(args, images, names, device)
-    settings = {name: vars(args)[name] for name in ("seed", "model", "vae", "predict", "tangent")}
+    fixed = "seed", "model", "vae", "predict", "tangent", "batch_size"
+    settings = {name: vars(args)[name] for name in fixed}
     settings.update(data=where, images=len(images), classes=names, image_size=net.image_size)
     out, last = Path(args.out), Path(args.out, "last.pt")
     step = resume(last, settings, net, ema, optimizer) if last.exists() else 0
@@ -327,9 +329,8 @@ def main():
     print(f"{len(images)} images of {sample.listed(names)}")
     print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "accum", *RECIPES)))
     print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
-    parallel = net
-    if torch.distributed.is_initialized():
-        parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    distributed = torch.distributed.is_initialized()
+    parallel = DistributedDataParallel(net, gradient_as_bucket_view=True) if distributed else net
 
     history, good_step = [], step - 1
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
@@ -346,7 +347,7 @@ def main():
                 update_ema(ema, net, args.ema)
                 good_step = step
             elif step - good_step == 100:
-                raise ValueError("no finite gradient in 100 steps: lower --lr? last.pt is kept")
+                raise ValueError("no finite gradient in 100 steps: lower --lr? last.pt stays")
             optimizer.zero_grad(set_to_none=False)  # DDP keeps them in its buckets
             step += 1
             if rank > 0:
@@ -361,7 +362,7 @@ def main():
                 history = []
             if args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", ema=ema.state_dict(), step=step, settings=settings)
-            if end or due:  # last.pt comes last: what a kill prevents is made again
+            if end or due:  # last.pt comes last: then a killed run makes the others again
                 write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
                 save(last, net=net.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict(), step=step, settings=settings)

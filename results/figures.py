@@ -5,16 +5,18 @@
     python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
     python -m results.figures rows [CHECKPOINT]       the same noise by flow matching and by iMF
     python -m results.figures grid [CHECKPOINT]       u(z_t, 0, t) and z_t - t u of one picture
+    python -m results.figures flow [CHECKPOINT]       24 steps of flow matching above one of iMF
     python -m results.figures plane (or tokens)       diagrams
 
-They need matplotlib, run on the CPU, and write results/NAME.png (--out FILE: elsewhere); the first
-three print figures. A CHECKPOINT is one of pixels, out/last.pt unless given."""
+They need matplotlib, run on the CPU, and write results/NAME.png, flow.gif (--out FILE: elsewhere);
+the first three print figures. A CHECKPOINT is one of pixels, out/last.pt unless given."""
 
 import argparse, json
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from matplotlib import pyplot
 from torch import nn
 
@@ -171,12 +173,12 @@ def variance(args):
 # ---- rows, grid: what a trained network does ----
 
 
-def start(args, classes):
-    """(net, noise, classes) for pictures of a checkpoint. Raises ValueError."""
+def start(args, n):
+    """(net, noise, classes) for pictures of a checkpoint: --classes, or n. Raises ValueError."""
     net, info = sample.load(args.checkpoint)
     if net.v_heads is None or info["vae"] != "none":
         raise ValueError(f"{args.checkpoint}: a network of pixels with a v-head is needed")
-    y = torch.tensor([k * net.num_classes // 10 for k in classes])
+    y = torch.tensor(args.classes or [k * net.num_classes // n for k in range(n)])
     return net, torch.randn(len(y), net.channels, net.image_size, net.image_size), y
 
 
@@ -202,7 +204,7 @@ def draw(pictures, width, columns=()):
 
 def rows(args):
     """Draws pictures from the same noise by flow matching (1 and 100 steps) and by u (1 step)."""
-    net, z, y = start(args, range(10))
+    net, z, y = start(args, 10)
     draw({"flow matching,\none step": along_v(net, z, y, 1, args.omega)[-1],
           "flow matching,\n100 steps": along_v(net, z, y, 100, args.omega)[-1],
           "average velocity,\none step": imf.sample(net, z, y, 1, args.omega)}, 10)
@@ -210,13 +212,26 @@ def rows(args):
 
 @torch.no_grad()
 def grid(args):
-    """Draws z_t, u(z_t, 0, t), z_t - t u at five times of a path; class: last digit of --seed."""
-    net, noise, y = start(args, [args.seed % 10])
+    """Draws z_t, u(z_t, 0, t), z_t - t u at five times of a path."""
+    net, noise, y = start(args, 1)
     z = torch.cat(along_v(net, noise, y, 5 * 20, args.omega)[:100:20])
     t = torch.tensor((1, 0.8, 0.6, 0.4, 0.2))
     u = net.u(z, t, t, torch.full((5,), args.omega), 0 * t, 0 * t + 1, y.expand(5))
     draw({"$z_t$": z, "$u(z_t, 0, t)\\,/\\,2$": u / 2, "$z_t - t\\,u$": z - imf.column(t) * u}, 6,
          [f"t = {time:.1f}" for time in t])
+
+
+def flow(args):
+    """Animates 24 steps of flow matching (above), and the one step of the average velocity."""
+    net, z, y = start(args, 10)
+    one_step, frames = imf.sample(net, z, y, 1, args.omega), []
+    for k, above in enumerate(along_v(net, z, y, 24, args.omega)):
+        both = torch.stack((above, one_step if k else z)).clamp(-1, 1) * 127.5 + 127.5
+        sheet = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2 H, 10 W, C)
+        sheet = sheet.expand(-1, -1, 3).byte().numpy().repeat(2, 0).repeat(2, 1)
+        frames.append(Image.fromarray(sheet))
+    frames[0].save(args.out, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[800, *[120] * 23, 3000])
 
 
 # ---- plane, tokens: diagrams ----
@@ -276,20 +291,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (densities, tangents, variance, rows, grid, plane, tokens):
+    for function in (densities, tangents, variance, rows, grid, flow, plane, tokens):
         command = commands.add_parser(function.__name__, description=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("--seed", type=int, default=0)
         if function is not variance:
-            command.add_argument("--out", default=f"results/{function.__name__}.png")
+            kind = "gif" if function is flow else "png"
+            command.add_argument("--out", default=f"results/{function.__name__}.{kind}")
         if function is tangents:
             command.add_argument("folders", nargs="+", metavar="OUT", help="of runs of train.py")
         if function is densities:
             command.add_argument("--steps", type=sample.count, default=3000)
-        if function in (variance, rows, grid):
+        if function in (variance, rows, grid, flow):
             command.add_argument("checkpoint", nargs="?", default="out/last.pt")
-        if function in (rows, grid):
+        if function in (rows, grid, flow):
             command.add_argument("--omega", type=sample.positive, default=1.0)
+            command.add_argument("--classes", type=int, nargs="+", metavar="C")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.function(args)
