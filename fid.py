@@ -105,7 +105,7 @@ class Inception(nn.Module):
             state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
                 URL, map_location="cpu", check_hash=True, weights_only=True)
             self.load_state_dict({name: state[published(name)] for name in self.state_dict()
-                                  if "num_batches" not in name}, strict=False)  # or KeyError
+                                  if "num_batches" not in name}, strict=False)  # state[...] is
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Inception(nn.Module):
 
 
 def resize(images):
-    """(B, 1 or 3, H, W) to (B, 3, 299, 299) as TensorFlow 1 did: pixel i from i * size / 299."""
+    """(B, 1 or 3, H, W) to (B, 3, 299, 299): pixel i from i (H + 1 - 1) / (300 - 1), as in TF 1."""
     x = F.pad(images.expand(-1, 3, -1, -1).float(), (0, 1, 0, 1), "replicate")
     return F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
 
@@ -220,15 +220,15 @@ def main():
     if args.B:
         reference, real, _, real_size = evaluate(inception, *sides[1])
         if size and real_size and size != real_size:
-            print(f"A is {size}, B {real_size}, which FID notices: decode B to the size of A")
+            print(f"A is {size}, B {real_size}, which FID notices: give B in the size of A")
         print(f"fid {frechet_distance(mu, sigma, *reference):.7g}", flush=True)
     if len(logits):  # torch-fidelity shuffles before it splits
         shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
         print("is {:.7g}  is_std {:.7g}".format(*inception_score(shuffled)), flush=True)
-    if args.B and min(len(features), len(real)) > 3:
-        print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))
     if args.save:
         np.savez(args.save, mu=mu, sigma=sigma)
+    if args.B and min(len(features), len(real)) > 3:
+        print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))
 
 
 if __name__ == "__main__":

@@ -80,20 +80,20 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # the network's velocity with class and guidance, and with neither; where r = t, h is 0 and
-        # the interval [0, 1], so that v is v_c already (without class it counts 0 in v_g)
+        # v_c: with class, guided by omega' (at h = 0 no other guidance matters); v_u: with neither.
+        # Where r = t, v is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
-        # the target, guided: v_c is guided already, so that the term added is (omega' - 1) times
-        # class minus no class; who predicts x divides by max(t, 0.05), and so must this
+        # the guided target: v_c - v_u is omega' (class - no class), of which omega' - 1 are added;
+        # a network that predicts x divides by max(t, 0.05), and so must this
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 
         # the direction of du/dt: this choice is all that iMF changes in MeanFlow's loss_u
         if tangent == "v-head":
-            dz = v_c[m:]
+            dz = v_c[m:]  # v, guided
         elif tangent == "boundary":
             dz = velocity(dit.u, z[m:], t[m:], omega_prime[m:], y[m:])
         elif tangent == "conditional":
@@ -128,7 +128,7 @@ def total_derivative(branch, dz, z, t, h, omega, t_min, t_max, y):
     for z and 1 for both t and h. (The blocks see h alone; a network that predicts x uses t.)
 
     By hand, as torch.func.jvp refuses compiled blocks; and with plain attention, as the fused
-    kernels have no forward derivative."""
+    kernels have no forward derivative. (no_grad leaves forward derivatives on.)"""
     one = torch.ones_like(t)
     with dual_level(), sdpa_kernel(SDPBackend.MATH):
         u = branch(make_dual(z, dz), make_dual(t, one), make_dual(h, one), omega, t_min, t_max, y)

@@ -4,8 +4,8 @@
     python train.py --data flowers --out out-flowers      your own images: flowers/rose/*.jpg, ...
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
-OUT (default: out) receives last.pt, log.jsonl, samples. The same command, on any number of
-processes, goes on where it stopped, with the same result. Defaults: tiny, other pixels, latents."""
+OUT receives last.pt, log.jsonl, samples. The same command, on any number of processes, goes on
+where it stopped, with the same result. Three defaults: tiny; other networks on pixels; latents."""
 
 import argparse, copy, functools, json, math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from sample import count, positive
 # flag: (for tiny, for other networks on pixels, for latents as in the release, type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
-    "steps": (3000, 100_000, 640 * 1251, count, "training steps"),
+    "steps": (3000, 100_000, 640 * 1251, count, "training steps"),  # an epoch has 1251
     "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
@@ -123,7 +123,7 @@ def prepare(args, vae, rank, world):
     if damaged:
         raise ValueError(f"pictures that cannot be read: {', '.join(sorted(set(damaged)))}")
     if world > 1:
-        torch.distributed.barrier()  # until all know that none of theirs is damaged
+        torch.distributed.barrier()  # a process with damaged pictures never comes here
     if rank == 0:
         images.flush()
         np.save(f"{folder}/labels.npy", labels)
@@ -204,16 +204,16 @@ def arguments():
 
     # what depends on the data and on the model
     decoded = args.data and Path(args.data, "about.json").exists()
-    folder = args.data and not args.data.endswith(".npz") and not decoded
-    if not folder and (args.image_size or args.vae):
+    to_decode = args.data and not args.data.endswith(".npz") and not decoded
+    if not to_decode and (args.image_size or args.vae):
         raise ValueError("--image-size and --vae are for a FOLDER of pictures alone")
     patch_size = model.sizes(args.model)["patch_size"]
-    args.vae = args.vae or (sample.VAE if folder and args.model.endswith("/2") else "none")
+    args.vae = args.vae or (sample.VAE if to_decode and args.model.endswith("/2") else "none")
     if decoded:
         args.vae = decoded_data(args.data)[2]["vae"]
     latents = args.vae != "none"
     args.image_size = args.image_size or (256 if latents else 32)
-    if folder and args.image_size % (patch_size * (8 if latents else 1)):
+    if to_decode and args.image_size % (patch_size * (8 if latents else 1)):
         raise ValueError(f"--image-size {args.image_size}: not a multiple of the patches' size")
     recipe = 0 if args.model == "tiny" else 2 if latents else 1
     for name, values in RECIPES.items():
@@ -327,7 +327,7 @@ def main():
     step = resume(last, settings, net, ema, optimizer) if last.exists() else 0
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(images)} images of {sample.listed(names)}")
-    print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "accum", *RECIPES)))
+    print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "vae", "accum", *RECIPES)))
     print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
     distributed = torch.distributed.is_initialized()
     parallel = DistributedDataParallel(net, gradient_as_bucket_view=True) if distributed else net
