@@ -98,7 +98,7 @@ def prepare(args, vae, rank, world):
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
     found = [sample.images_in(Path(args.data, name)) for name in classes]
     paths, labels = sum(found, []), np.repeat(range(len(found)), [len(part) for part in found])
-    times = sum(os.stat(path).st_mtime_ns for path in paths)
+    times = sum(k * os.stat(path).st_mtime_ns for k, path in enumerate(paths, 1))
     about = {"classes": classes, "images": [*map(len, found)], "times": times, "vae": args.vae}
     n, size = len(paths), args.image_size
     folder = os.path.abspath(args.data) + f"-{size}px" + ("-latents" if vae else "")
@@ -121,7 +121,7 @@ def prepare(args, vae, rank, world):
         if rank == 0:
             images[start:start + len(x)] = x
     if damaged:
-        raise ValueError(f"pictures that cannot be read: {', '.join(sorted(set(damaged)))}")
+        raise ValueError(f"damaged, or not of 8 bits a channel: {', '.join(sorted(set(damaged)))}")
     if world > 1:
         torch.distributed.barrier()  # a process with damaged pictures never comes here
     if rank == 0:
@@ -219,8 +219,8 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not 0 <= args.cooldown <= 1 or args.ema >= 1:
-        raise ValueError("--cooldown: expected a number from 0 to 1; --ema: a number below 1")
+    if not 0 <= args.cooldown <= 1 or args.ema >= 1 or not math.isfinite(args.t_mean):
+        raise ValueError("expected --cooldown from 0 to 1, --ema below 1, --t-mean finite")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile

@@ -257,7 +257,7 @@ def plane(args):
             (0.4, 1.0, "tab:red", "$u(z_t, r, t)$: slope of the chord"),
             (0.02, -2.1, "0.5", "lines $z = (1 - t)\\,x + t\\,e$ of pairs $(x, e)$")):
         axis.text(x, y, text, color=colour, fontsize=12)
-    axis.set(xlim=(-0.01, 1.01), ylim=(-2.3, 2.3), yticks=(), xlabel="time t")
+    axis.set(xlim=(-0.01, 1.01), ylim=(-2.3, 2.3), yticks=(), xlabel="time t", ylabel="z")
     axis.set_xticks((0, 1), ("t = 0\ndata", "t = 1\nnoise"))
 
 
