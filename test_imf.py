@@ -238,6 +238,7 @@ def test_a_compiled_step_equals_the_eager_one_and_is_compiled_once():
     for ours, expected in zip(steps(), eager):
         assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(ours, expected))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # training pass, v, JVP
+    time.sleep(1)  # gloo's thread must let go of its last work first, or torch 2.13 may hang
     torch.distributed.destroy_process_group()
 
 
@@ -400,8 +401,7 @@ def test_latents_are_drawn_from_the_posterior_and_normalised(flowers, run, monke
     x, y, _ = train.batch(latents, labels, args, 0)
     z = x * std + mean
     error = (z[y == 2] - posterior.mean[5]) / posterior.std[5]  # class 2 is one image
-    assert len(error) == 2000 and error.mean(0).abs().max() < 0.15
-    assert (error.var(0) - 1).abs().max() < 0.15
+    assert error.mean(0).abs().max() < 0.15 and (error.var(0) - 1).abs().max() < 0.15
     net.u = lambda noise, *_: noise - x[:8]
     [found] = sample.generate(net, range(8), [0], vae=vae)
     expected = vae.decode(z[:8]).sample * 127.5 + 127.5
