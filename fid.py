@@ -105,7 +105,7 @@ class Inception(nn.Module):
             state = sample.load_file(weights) if weights else torch.hub.load_state_dict_from_url(
                 URL, map_location="cpu", check_hash=True, weights_only=True)
             self.load_state_dict({name: state[published(name)] for name in self.state_dict()
-                                  if "num_batches" not in name}, strict=False)  # state[...] is
+                                  if "num_batches" not in name}, strict=False)  # state[] is strict
         self.eval().to(memory_format=torch.channels_last)  # the faster layout
 
     @torch.no_grad()

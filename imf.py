@@ -80,14 +80,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # v_c: with class, guided by omega' (at h = 0 no other guidance matters); v_u: with neither.
+        # v_c: with class, guided by omega' (at h = 0 only that at t matters); v_u: with neither.
         # Where r = t, v is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
-        # the guided target: v_c - v_u is omega' (class - no class), of which omega' - 1 are added;
-        # a network that predicts x divides by max(t, 0.05), and so must this
+        # the guided target: v_c - v_u is omega' d, d being class - no class, and (omega' - 1) d is
+        # added; a network that predicts x divides by max(t, 0.05), and so must this
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 
