@@ -6,11 +6,11 @@
     u(z_t, r, t) = 1/(t - r) int_r^t v dtau   average velocity: one step is z_r = z_t - (t - r) u
     u = v - (t - r) du/dt                     MeanFlow identity, du/dt along the flow dz/dt = v
 
-MeanFlow regresses u on the identity's right side, sg[(e - x) - (t - r) du/dt], where sg, stop-
-gradient, makes a constant of it. Improved MeanFlow solves the identity for v and regresses
-V = u + (t - r) sg[du/dt] on e - x. Both minimise the square of the same difference. What is new is
-the direction of du/dt: MeanFlow takes e - x, which no network can know from z_t; improved MeanFlow
-takes the network's own v(z_t), so that V depends on (z_t, r, t) alone: an ordinary regression."""
+MeanFlow regresses u on the identity's right side, sg[(e - x) - (t - r) du/dt]; sg, stop-gradient,
+makes a constant of it. Improved MeanFlow solves the identity for v and regresses V = u + (t - r)
+sg[du/dt] on e - x. Both minimise the square of the same difference. What is new is the direction of
+du/dt: MeanFlow takes e - x, which no network can know from z_t; improved MeanFlow takes the
+network's own v(z_t), so that V depends on (z_t, r, t) alone: an ordinary regression."""
 
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # v_c: with class, guided by omega' (at h = 0 only that at t matters); v_u: with neither.
+        # v_c: with class, guided by omega' (at h = 0 only guidance at t counts); v_u: with neither.
         # Where r = t, v is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))

@@ -34,7 +34,7 @@ DAMAGED = (AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxE
 
 @torch.no_grad()
 def generate(net, numbers, classes, seed=0, vae=None, **guidance):
-    """Yields batches of images, uint8 (b, 3, H, W): number i is of class classes[i % len(classes)].
+    """Yields batches of up to 32 images, uint8 (b, 3, H, W); number i has class classes[i % len].
     vae decodes latents. guidance: steps, omega, t_min, t_max of imf.sample; else as recommended."""
     guidance = recommended(net, vae) | guidance
     device = next(net.parameters()).device

@@ -123,7 +123,7 @@ def prepare(args, vae, rank, world):
     if damaged:
         raise ValueError(f"damaged, or not of 8 bits a channel: {', '.join(sorted(set(damaged)))}")
     if world > 1:
-        torch.distributed.barrier()  # a process with damaged pictures never comes here
+        torch.distributed.barrier()  # where a picture is damaged, torchrun ends all of them here
     if rank == 0:
         images.flush()
         np.save(f"{folder}/labels.npy", labels)
