@@ -337,8 +337,8 @@ def main():
         while step < args.steps:
             # the gradient of one batch
             began = time.time()
-            whole = batch(images, labels, args, step, rank, world)
-            loss_u, loss_v, norm = gradients(parallel, *whole, args, device)
+            x, y, draws = batch(images, labels, args, step, rank, world)
+            loss_u, loss_v, norm = gradients(parallel, x, y, draws, args, device)
 
             # the update, if the gradient is finite: its norm is the same on all processes
             optimizer.param_groups[0]["lr"] = learning_rate(step, args)
