@@ -54,7 +54,7 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
 def recommended(net, latents):
     """The default {"omega", "t_min", "t_max"}: the authors' for latents, ours for pixels."""
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (1.5, 0, 1))))
+    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (4, 0.4, 0.7))))
 
 
 def load(path, device="cpu"):
@@ -118,8 +118,8 @@ def main():
     flag = parser.add_argument
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
     flag("--steps", type=count, default=1, metavar="N", help="evaluations per image; default: 1")
-    flag("--omega", type=positive, nargs="+", metavar="W", help="guidance scales")
-    flag("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guided times, 0 to 1")
+    flag("--omega", type=positive, nargs="+", metavar="W", help="guidance scales; pixels: 4")
+    flag("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guided t; pixels: 0.4 0.7")
     flag("--classes", type=int, nargs="+", metavar="C", help="default: all")
     flag("--num", type=count, metavar="N", help="images per scale; default: 100, or 10 each")
     flag("--seed", type=int, default=0, metavar="N", help="of the noise; default: 0")

@@ -23,13 +23,12 @@ from sample import count, positive
 # flag: (for tiny, for other networks on pixels, for latents as in the release, type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
-    "steps": (3000, 100_000, 640 * 1251, count, "training steps"),  # an epoch has 1251
+    "steps": (2400, 100_000, 640 * 1251, count, "training steps"),  # an epoch has 1251
     "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
-    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, std^2)): mean"),
-    "t_std": (1.4, 1.4, 1.0, positive, "its standard deviation"),
+    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(t-mean, 1))"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
@@ -176,7 +175,7 @@ def batch(images, labels, args, step, rank=0, world=1):
         mean, std = x.float().chunk(2, 1)
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
         x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
-    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
+    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean)
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
 
 
