@@ -28,7 +28,7 @@ RECIPES = {
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
-    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(t-mean, 1))"),
+    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, 1)): mean"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
