@@ -312,7 +312,7 @@ def test_sample_writes_a_sheet_a_folder_or_an_npz(run):
 def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     """A batch follows from (seed, step), and processes take slices: so runs resume and divide."""
     images, labels = train.digits(10)
-    args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4)
+    args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0)
     steps = [train.batch(images, labels, args, k) for k in range(4)]
     x = torch.cat([step[0] for step in steps]).flatten(1)
     assert len(x[:10].unique(dim=0)) == len(x[10:].unique(dim=0)) == 10
@@ -397,7 +397,7 @@ def test_latents_are_drawn_from_the_posterior_and_normalised(flowers, run, monke
     assert_close(torch.tensor(latents), torch.cat((posterior.mean, posterior.std), 1).half())
     mean, std = torch.tensor([[0.86488, -0.27787343, 0.21616915, 0.3738409],
                               [4.85503674, 5.31922414, 3.93725398, 3.9870003]]).view(2, 4, 1, 1)
-    args = types.SimpleNamespace(batch_size=12000, seed=7, t_mean=-0.4)
+    args = types.SimpleNamespace(batch_size=12000, seed=7, t_mean=-0.4, t_std=1.0)
     x, y, _ = train.batch(latents, labels, args, 0)
     z = x * std + mean
     error = (z[y == 2] - posterior.mean[5]) / posterior.std[5]  # class 2 is one image

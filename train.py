@@ -28,7 +28,8 @@ RECIPES = {
     "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
     "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
     "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
-    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, 1)): mean"),
+    "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, std^2)): mean"),
+    "t_std": (1.0, 1.0, 1.0, positive, "its standard deviation"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
     "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
@@ -175,7 +176,7 @@ def batch(images, labels, args, step, rank=0, world=1):
         mean, std = x.float().chunk(2, 1)
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
         x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
-    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean)
+    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
 
 
