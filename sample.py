@@ -54,7 +54,7 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
 def recommended(net, latents):
     """The default {"omega", "t_min", "t_max"}: the authors' for latents, ours for pixels."""
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
-    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (4, 0.4, 0.7))))
+    return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (3, 0.4, 0.75))))
 
 
 def load(path, device="cpu"):

@@ -69,8 +69,7 @@ def test_draws_have_the_stated_distributions():
     assert torch.equal(d.r == d.t, matching) and (d.r[~matching] < d.t[~matching]).all()
     assert (d.t_min[matching] == 0).all() and (d.t_max[matching] == 1).all()
     assert abs(d.drop.float().mean() - 0.1) < 0.005 and not d.drop[~matching].any()
-    times = torch.cat((d.t[~matching], d.r[~matching]))
-    for normal, mean in ((times.logit(), -0.4), (d.noise, 0)):
+    for normal, mean in ((torch.stack((d.t, d.r))[:, ~matching].logit(), -0.4), (d.noise, 0)):
         assert abs(normal.mean() - mean) < 0.02 and abs(normal.std() - 1) < 0.02
     for uniform, low, high in ((d.omega.log(), 0, np.log(8)),  # omega's density is 1 / omega
                                (d.t_min[~matching], 0, 0.5), (d.t_max[~matching], 0.5, 1)):
@@ -199,6 +198,7 @@ def test_released_weights_load_by_name_and_are_guided_as_the_authors_advise(tmp_
         model.from_official(state)
     for depth, expected in ((12, (8, 0.4, 0.65)), (24, (10.5, 0.4, 0.6)), (48, (8, 0.42, 0.62))):
         assert (*sample.recommended(network(depth=depth), "vae").values(),) == expected
+    assert (*sample.recommended(net, None).values(),) == (3, 0.4, 0.75)  # ours, for pixels
 
 
 def test_a_step_stays_on_one_device_and_needs_little_more_than_half_of_the_arithmetic(monkeypatch):
