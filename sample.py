@@ -118,8 +118,8 @@ def main():
     flag = parser.add_argument
     flag("checkpoint", nargs="?", default="out/last.pt", help="default: out/last.pt")
     flag("--steps", type=count, default=1, metavar="N", help="evaluations per image; default: 1")
-    flag("--omega", type=positive, nargs="+", metavar="W", help="guidance scales; pixels: 4")
-    flag("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guided t; pixels: 0.4 0.7")
+    flag("--omega", type=positive, nargs="+", metavar="W", help="guidance scales; pixels: 3")
+    flag("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="guided t; pixels: 0.4 0.75")
     flag("--classes", type=int, nargs="+", metavar="C", help="default: all")
     flag("--num", type=count, metavar="N", help="images per scale; default: 100, or 10 each")
     flag("--seed", type=int, default=0, metavar="N", help="of the noise; default: 0")
