@@ -6,11 +6,11 @@
     u(z_t, r, t) = 1/(t - r) int_r^t v dtau   average velocity: one step is z_r = z_t - (t - r) u
     u = v - (t - r) du/dt                     MeanFlow identity, du/dt along the flow dz/dt = v
 
-MeanFlow regresses u on the identity's right side, sg[(e - x) - (t - r) du/dt]; sg, stop-gradient,
-makes a constant of it. Improved MeanFlow solves the identity for v and regresses V = u + (t - r)
-sg[du/dt] on e - x. Both minimise the square of the same difference. What is new is the direction of
-du/dt: MeanFlow takes e - x, which no network can know from z_t; improved MeanFlow takes the
-network's own v(z_t), so that V depends on (z_t, r, t) alone: an ordinary regression."""
+MeanFlow regresses u on the right side with e - x for v, sg[(e - x) - (t - r) du/dt]; sg, the stop-
+gradient, makes a constant of it. Improved MeanFlow solves the identity for v, and regresses
+V = u + (t - r) sg[du/dt] on e - x. Both minimise the square of the same difference. What is new is
+the direction of du/dt: MeanFlow takes e - x, which no network can know from z_t; improved MeanFlow
+takes the network's own v(z_t), so V depends on (z_t, r, t) alone: an ordinary regression."""
 
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
     r_is_t = index < int(B * flow_matching)
     r = torch.where(r_is_t, t, r)
 
-    # omega has a density proportional to 1 / omega on [1, 8]; where r = t it acts at all times
+    # omega: density ~ 1 / omega on [1, 8]. Where r = t it acts at all times, as in velocity()
     omega = 8 ** for_omega
     t_min = torch.where(r_is_t, 0, for_t_min / 2)
     t_max = torch.where(r_is_t, 1, (1 + for_t_max) / 2)
@@ -58,16 +58,16 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
 
 
 def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
-    """(loss, {"loss_u", "loss_v"}) of clean data x (B, C, H, W) with classes y (B,).
+    """(loss, {"loss_u", "loss_v"}) of data x (B, C, H, W), pixels from -1 to 1, of classes y (B,).
 
     net is a DiT, or a DistributedDataParallel around one. loss_u and loss_v are the mean squared
     errors of V and v; the loss itself is near 2 if norm_eps is small (see weighted_error). tangent,
     the direction of du/dt, is "v-head" (iMF), "boundary" (u at r = t; the v-head is trained all the
-    same, for v_g) or "conditional" (the original MeanFlow). Raises ValueError."""
+    same, for v_g) or "conditional" (the original MeanFlow). ValueError: another, or no v-head."""
     dit = getattr(net, "module", net)  # the DiT in a DDP: what needs no gradients goes around DDP
-    m = int((draws.r < draws.t).int().argmax())  # [:m] have r = t (if all have: m = 0, slower)
+    m = int((draws.r < draws.t).int().argmax())  # [:m] have r = t (if all have, m is 0: as right)
     e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)
-    y = torch.where(drop, dit.num_classes, y)
+    y = torch.where(drop, dit.num_classes, y)  # the index num_classes means "no class"
     h = t - r
 
     # u and the v-head's v at z_t: the only evaluation that carries gradients
@@ -80,14 +80,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # v_c: with class, guided by omega' (at h = 0 only guidance at t counts); v_u: with neither.
-        # Where r = t, v is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
+        # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, which v[m:] is not.
+        # v[:m] is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
-        # the guided target: v_c - v_u is omega' d, d being class - no class, and (omega' - 1) d is
-        # added; a network that predicts x divides by max(t, 0.05), and so must this
+        # the guided target: trained on it, v_c becomes v_u + omega' (E[e - x | z, y] - v_u), usual
+        # guidance. A network that predicts x divides by max(t, 0.05), not t, and so must this
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 
@@ -144,8 +144,8 @@ def weighted_error(prediction, target, norm_eps):
 
 @torch.no_grad()
 def sample(net, noise, y, steps=1, omega=1.0, t_min=0.0, t_max=1.0):
-    """Images (B, C, H, W) from noise of that shape and classes y (B,), in `steps` evaluations of u.
-    omega, t_min, t_max are numbers or (B,) tensors, and may differ at every call."""
+    """Images (B, C, H, W), pixels about -1 to 1, from noise of that shape and classes y (B,), in
+    `steps` evaluations of u. omega, t_min, t_max: numbers or (B,) tensors, chosen freely."""
     zero = noise.new_zeros(len(y))
     omega, t_min, t_max = zero + omega, zero + t_min, zero + t_max
     z, times = noise, torch.linspace(1, 0, steps + 1).tolist()

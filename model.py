@@ -85,8 +85,8 @@ class Block(nn.Module):
 
 
 def run_block(block, x, dx, rotary):
-    """The block's output and its tangent, for x and its tangent dx (None outside a JVP). Tangents
-    go in and out by themselves because compiled code takes no dual tensors."""
+    """The block's output and its tangent, for x and its tangent dx (None outside a JVP). A tangent
+    goes in and out as a tensor of its own, because compiled code takes no dual tensors."""
     if dx is not None:
         x = forward_ad.make_dual(x, dx)
     return forward_ad.unpack_dual(block(x, rotary))
@@ -114,14 +114,14 @@ class DiT(nn.Module):
     """net(z, t, h, omega, t_min, t_max, y) -> (u, v); net.u and net.v run one branch alone.
 
     z, u, v (B, C, H, W), float32; t, h, omega, t_min, t_max (B,) float; y (B,) long, num_classes
-    being "no class". predict: the last layer's output, "u" (and v) or the clean image "x" as in
+    being "no class". predict: the last layers give "u" and v, or clean images "x" for both, as in
     pixel MeanFlow (arXiv 2601.22158): u = (z - x) / max(t, 0.05), v likewise. Raises ValueError."""
 
     def __init__(self, image_size, channels, num_classes, patch_size, hidden_size, depth,
                  num_heads, head_depth, predict="u"):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size} is not a multiple of {patch_size}")
+            raise ValueError(f"image size {image_size} is no multiple of {patch_size} below 4096")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.predict, self.patch_size, self.head_dim = predict, patch_size, hidden_size // num_heads
         self.run_block = run_block  # or its compiled form
@@ -157,7 +157,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(p)
             elif "tokens" in name or "y_embedder" in name:
                 nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
-        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as of a Linear; it is a view
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))  # as for a Linear, in place
 
     def forward(self, z, t, h, omega, t_min, t_max, y):
         features = self._trunk(z, h, omega, t_min, t_max, y)
@@ -181,7 +181,7 @@ class DiT(nn.Module):
     def _trunk(self, z, h, omega, t_min, t_max, y):
         sequence = torch.cat((
             self.class_tokens + self.y_embedder(y)[:, None],  # (B, 8, hidden)
-            self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],
+            self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None],  # 0: unguided
             self.t_min_tokens + self.t_min_embedder(t_min)[:, None],
             self.t_max_tokens + self.t_max_embedder(t_max)[:, None],
             self.time_tokens + self.h_embedder(h)[:, None],
@@ -208,7 +208,7 @@ class DiT(nn.Module):
 
 
 def from_state(state, image_size=32, predict="u"):
-    """The DiT whose state_dict() this is, not copied. Raises KeyError, RuntimeError, ValueError."""
+    """The DiT of this state_dict(), in float32. Raises KeyError, RuntimeError, ValueError."""
     shared, u, v = (len({name.split(".")[1] for name in state if name.startswith(blocks)})
                     for blocks in ("shared_blocks.", "u_heads.", "v_heads."))
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
