@@ -112,9 +112,8 @@ class Inception(nn.Module):
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
         images = torch.as_tensor(images, device=self.fc.weight.device)
-        features = self.layers((resize(images) - 128) / 128).mean((2, 3))
-        logits = F.linear(features.cpu(), self.fc.weight.cpu())  # not in TF32
-        return features, logits.to(features.device)
+        features = self.layers((resize(images) - 128) / 128).mean((2, 3)).cpu()
+        return features, F.linear(features, self.fc.weight.cpu())  # on the CPU: not in TF32
 
 
 def resize(images):
@@ -192,7 +191,7 @@ def evaluate(inception, statistics, pictures):
     rows, size = [torch.empty(0, 2048 + 1008)], None
     for images in batches(pictures):
         size = size or images.shape[2:]
-        rows.append(torch.cat(inception(images), 1).cpu())
+        rows.append(torch.cat(inception(images), 1))
     features, logits = torch.cat(rows).split((2048, 1008), 1)
     if not features.isfinite().all() or len(features) == 1:
         raise ValueError("expected two pictures at least, and finite features of the Inception")
@@ -212,8 +211,7 @@ def main():
     sides = [read(path) for path in (args.A, args.B) if path]
     if not args.B and not len(sides[0][1]):
         raise ValueError(f"{args.A} holds statistics alone: give B to compare them with")
-    pictures = any(len(found) for _, found in sides)
-    inception = Inception(args.inception).to(device) if pictures else None
+    inception = Inception(args.inception).to(device) if any(len(p) for _, p in sides) else None
 
     # A's statistics, and the scores, the quickest first
     (mu, sigma), features, logits, size = evaluate(inception, *sides[0])
@@ -226,6 +224,7 @@ def main():
         shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
         print("is {:.7g}  is_std {:.7g}".format(*inception_score(shuffled)), flush=True)
     if args.save:
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.save, mu=mu, sigma=sigma)
     if args.B and min(len(features), len(real)) > 3:
         print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))

@@ -8,7 +8,8 @@
 
 The noise of image i depends on (seed, i) alone, not on the number of images or of processes."""
 
-import argparse, contextlib, datetime, glob, math, os, pickle, struct, sys, textwrap, zipfile, zlib
+import argparse, contextlib, datetime, glob, math, os, pickle
+import struct, sys, textwrap, tokenize, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(
 
 DAMAGED = (AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError,
            ValueError, Image.DecompressionBombError, pickle.UnpicklingError, struct.error,
-           zipfile.BadZipFile, zlib.error)
+           tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 @torch.no_grad()
@@ -66,8 +67,8 @@ def load(path, device="cpu"):
             info = {**saved["settings"], "step": saved["step"]}
             net = model.from_state(saved["ema"], int(info["image_size"]), info["predict"])
         else:
-            net, info = model.from_official(saved), {"vae": VAE}
-        info.setdefault("classes", [str(k) for k in range(net.num_classes)])
+            net = model.from_official(saved)
+            info = {"vae": VAE, "classes": [str(k) for k in range(net.num_classes)]}
         return net.to(device).eval(), info
 
 
@@ -92,7 +93,7 @@ def write(path, images, labels, columns):
     if path.suffix == ".npz":
         np.savez(path, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
     elif path.suffix == "":
-        path.mkdir(exist_ok=True)
+        path.mkdir()
         for number, image in enumerate(tqdm(images, "writing", unit=" images")):
             Image.fromarray(image.transpose(1, 2, 0)).save(path / f"{number:06d}.png")
     else:
@@ -104,7 +105,7 @@ def write(path, images, labels, columns):
 
 
 def interleave(rows):
-    """Row i of process k of n, which all give equal shapes, becomes row i n + k: on process 0."""
+    """On process 0 the rows of all: row i of process k of n becomes row i n + k. Equal shapes."""
     rows = torch.as_tensor(rows).contiguous()
     if not dist.is_initialized():
         return rows
@@ -126,8 +127,8 @@ def main():
     flag("--out", help="FILE.png, FILE.npz or a new FOLDER; default: samples.png beside CHECKPOINT")
     args = parser.parse_args()
     out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
-    if out.suffix not in ("", ".png", ".npz") or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a new or empty FOLDER")
+    if out.suffix not in ("", ".png", ".npz") or out.is_dir() or (out.exists() and not out.suffix):
+        raise ValueError(f"--out {out}: expected FILE.png, FILE.npz or a new FOLDER")
     if args.interval and not 0 <= args.interval[0] <= args.interval[1] <= 1:
         raise ValueError("--interval LO HI: expected 0 <= LO <= HI <= 1")
 
@@ -154,7 +155,7 @@ def main():
     side = net.image_size * (8 if vae else 1)
     images = np.empty((len(omegas), num, 3, side, side), np.uint8)
     with tqdm(total=num * len(omegas), unit=" images", disable=rank > 0) as bar:
-        for omega, rest in zip(omegas, images):
+        for omega, rest in zip(omegas, images):  # rest: a view of the rows not yet filled
             guidance["omega"] = omega
             for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
                 batch = interleave(batch)[:len(rest)].numpy()

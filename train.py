@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import imf, model, sample
@@ -55,9 +55,9 @@ def npz_data(path):
     with sample.reading(path, "expected square images arr_0, and their classes 0 to K - 1, arr_1"):
         arrays = sample.read_npz(path)
         images, labels = arrays["arr_0"], arrays["arr_1"].astype(np.int64, casting="safe")
-        names = [str(name) for name in arrays.get("names", np.unique(labels))]
-        n, _, height, width = images.shape
         found = np.unique(labels).tolist()
+        names = [str(name) for name in arrays.get("names", found)]
+        n, _, height, width = images.shape
         if height != width or labels.shape != (n,) or found != list(range(len(names))):
             raise ValueError(f"they are {images.shape} and {labels.shape}, of classes {found}")
         return images, labels, names
@@ -113,7 +113,8 @@ def prepare(args, vae, rank, world):
         kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
         if shutil.disk_usage(folder).free < n * math.prod(shape) * np.dtype(kind).itemsize:
             raise ValueError(f"{folder}: there is not enough space on the disk")
-        images = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", kind, (n, *shape))
+        unfinished = f"{folder}/unfinished-{os.getpid()}.npy"  # another run may be decoding too
+        images = np.lib.format.open_memmap(unfinished, "w+", kind, (n, *shape))
     damaged = []
     for start in tqdm(range(0, n, 64 * world), "decoding", unit=" batches", disable=rank > 0):
         mine = [paths[min(i, n - 1)] for i in range(start + rank, start + 64 * world, world)]
@@ -122,10 +123,10 @@ def prepare(args, vae, rank, world):
             images[start:start + len(x)] = x
     if damaged:
         raise ValueError(f"damaged, or not of 8 bits a channel: {', '.join(sorted(set(damaged)))}")
-    if world > 1:
-        torch.distributed.barrier()  # where a picture is damaged, torchrun ends all of them here
+    sample.interleave([rank])  # process 0 waits for all: where a picture is damaged, all end here
     if rank == 0:
         images.flush()
+        os.replace(unfinished, f"{folder}/images.npy")
         np.save(f"{folder}/labels.npy", labels)
         Path(folder, "about.json").write_text(json.dumps(about))  # where it exists, all is there
     if world > 1:
@@ -219,8 +220,8 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not 0 <= args.cooldown <= 1 or args.ema >= 1 or not math.isfinite(args.t_mean):
-        raise ValueError("expected --cooldown from 0 to 1, --ema below 1, --t-mean finite")
+    if not 0 <= args.cooldown <= 1 or args.ema >= 1 or not abs(args.t_mean) < 99 or args.seed < 0:
+        raise ValueError("expected --cooldown from 0 to 1, --ema < 1, |--t-mean| < 99, --seed >= 0")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
@@ -304,7 +305,7 @@ def write_samples(path, ema, vae, seed):
 def write_log(path, step, history, args):
     """Adds a record of process 0: means over the steps since the last one, skipped ones apart."""
     rows = torch.tensor(history)
-    finite = rows[rows[:, 2].isfinite()]
+    finite = rows[rows[:, 2].isfinite()]  # column 2 is the norm of the gradient
     record = {"step": step, "skipped": len(rows) - len(finite), "lr": learning_rate(step - 1, args)}
     for name, value in zip(("loss_u", "loss_v", "grad_norm", "seconds"), finite.mean(0).tolist()):
         record[name] = value if math.isfinite(value) else None
@@ -329,8 +330,7 @@ def main():
     print(f"{len(images)} images of {sample.listed(names)}")
     print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "vae", "accum", *RECIPES)))
     print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
-    distributed = torch.distributed.is_initialized()
-    parallel = DistributedDataParallel(net, gradient_as_bucket_view=True) if distributed else net
+    parallel = DDP(net, gradient_as_bucket_view=True) if torch.distributed.is_initialized() else net
 
     history, good_step = [], step - 1
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
@@ -362,10 +362,10 @@ def main():
                 history = []
             if args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", ema=ema.state_dict(), step=step, settings=settings)
-            if end or due:  # last.pt comes last: then a killed run makes the others again
-                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
+            if end or due:  # first what is precious: samples need memory of their own
                 save(last, net=net.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict(), step=step, settings=settings)
+                write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
 
 
 if __name__ == "__main__":
