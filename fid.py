@@ -224,7 +224,6 @@ def main():
         shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
         print("is {:.7g}  is_std {:.7g}".format(*inception_score(shuffled)), flush=True)
     if args.save:
-        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.save, mu=mu, sigma=sigma)
     if args.B and min(len(features), len(real)) > 3:
         print("precision {:.7g}  recall {:.7g}".format(*precision_recall(features, real)))

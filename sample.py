@@ -8,8 +8,7 @@
 
 The noise of image i depends on (seed, i) alone, not on the number of images or of processes."""
 
-import argparse, contextlib, datetime, glob, math, os, pickle
-import struct, sys, textwrap, tokenize, zipfile, zlib
+import argparse, contextlib, datetime, glob, math, os, pickle, struct, sys, textwrap, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ LATENT_STD = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(
 
 DAMAGED = (AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError,
            ValueError, Image.DecompressionBombError, pickle.UnpicklingError, struct.error,
-           tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+           zipfile.BadZipFile, zlib.error)
 
 
 @torch.no_grad()
@@ -144,11 +143,11 @@ def main():
     # the classes: if there are fewer images, they are spread over all of them
     classes = args.classes or range(net.num_classes)
     if not 0 <= min(classes) <= max(classes) < net.num_classes:
-        raise ValueError(f"--classes: this network knows {listed(info['classes'])}")
+        raise ValueError(f"--classes: this network has {listed(dict(enumerate(info['classes'])))}")
     num = args.num or (100 if len(omegas) == 1 else 10)
     if num < len(classes):
         classes = [classes[k * len(classes) // num] for k in range(num)]
-    print(f"sampling {num * len(omegas)} images of {listed(info['classes'])}")
+    print(f"{num * len(omegas)} images of {listed({k: info['classes'][k] for k in classes})}")
 
     # for each omega process k of n samples every n-th image, and all of them equally many
     numbers = range(rank, math.ceil(num / world) * world, world)
@@ -202,16 +201,16 @@ def run(main):
 
 @contextlib.contextmanager
 def reading(path, expected):
-    """What a damaged or foreign file makes the block raise becomes a ValueError that names it."""
+    """What a damaged file raises becomes a ValueError: its name, and the error's first sentence."""
     try:
         yield
     except DAMAGED as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        reason = textwrap.shorten(f"{error}".split(". ")[0], 300) or type(error).__name__
         raise ValueError(f"cannot read {path}: {expected} ({reason})") from error
 
 
 def listed(names):
-    numbered = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+    numbered = ", ".join(f"{k} {name}" for k, name in names.items())
     return f"{len(names)} classes: {textwrap.shorten(numbered, 300, placeholder=' ...')}"
 
 
@@ -237,7 +236,7 @@ def images_in(folder):
     found = [path for path in paths if path.lower().endswith(tuple(readable))]
     others = [path for path in set(paths) - set(found) if os.path.isfile(path)]
     if others:
-        print(f"skipped {len(others)} files that are not pictures, such as {min(others)}")
+        print(f"skipped {len(others)} files that Pillow cannot read, such as {min(others)}")
     if not found:
         raise ValueError(f"{folder}: no such folder, or no pictures in it")
     return found

@@ -98,13 +98,16 @@ def prepare(args, vae, rank, world):
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
     found = [sample.images_in(Path(args.data, name)) for name in classes]
     paths, labels = sum(found, []), np.repeat(range(len(found)), [len(part) for part in found])
+    beside = sum(path.is_file() for path in Path(args.data).glob("[!.]*"))
+    deeper = sum(len(Path(path).relative_to(args.data).parts) > 2 for path in paths)
+    print(f"skipped {beside} files beside the class folders; {deeper} pictures lie deeper in these")
     times = sum(k * os.stat(path).st_mtime_ns for k, path in enumerate(paths, 1))
     about = {"classes": classes, "images": [*map(len, found)], "times": times, "vae": args.vae}
     n, size = len(paths), args.image_size
     folder = os.path.abspath(args.data) + f"-{size}px" + ("-latents" if vae else "")
     if Path(folder, "about.json").exists():
         if decoded_data(folder)[2] != about:
-            raise ValueError(f"{args.data} or the VAE has changed: delete {folder} to decode again")
+            raise ValueError(f"{args.data} or the VAE has changed: delete {folder}, change --out")
         return folder
 
     # each process decodes every world-th picture, the last one repeated to fill the last batch
@@ -113,8 +116,7 @@ def prepare(args, vae, rank, world):
         kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
         if shutil.disk_usage(folder).free < n * math.prod(shape) * np.dtype(kind).itemsize:
             raise ValueError(f"{folder}: there is not enough space on the disk")
-        unfinished = f"{folder}/unfinished-{os.getpid()}.npy"  # another run may be decoding too
-        images = np.lib.format.open_memmap(unfinished, "w+", kind, (n, *shape))
+        images = np.lib.format.open_memmap(f"{folder}/{os.getpid()}.npy", "w+", kind, (n, *shape))
     damaged = []
     for start in tqdm(range(0, n, 64 * world), "decoding", unit=" batches", disable=rank > 0):
         mine = [paths[min(i, n - 1)] for i in range(start + rank, start + 64 * world, world)]
@@ -126,7 +128,7 @@ def prepare(args, vae, rank, world):
     sample.interleave([rank])  # process 0 waits for all: where a picture is damaged, all end here
     if rank == 0:
         images.flush()
-        os.replace(unfinished, f"{folder}/images.npy")
+        os.replace(images.filename, f"{folder}/images.npy")  # another run may be decoding, too
         np.save(f"{folder}/labels.npy", labels)
         Path(folder, "about.json").write_text(json.dumps(about))  # where it exists, all is there
     if world > 1:
@@ -208,14 +210,14 @@ def arguments():
     to_decode = args.data and not args.data.endswith(".npz") and not decoded
     if not to_decode and (args.image_size or args.vae):
         raise ValueError("--image-size and --vae are for a FOLDER of pictures alone")
-    patch_size = model.sizes(args.model)["patch_size"]
     args.vae = args.vae or (sample.VAE if to_decode and args.model.endswith("/2") else "none")
     if decoded:
         args.vae = decoded_data(args.data)[2]["vae"]
     latents = args.vae != "none"
     args.image_size = args.image_size or (256 if latents else 32)
-    if to_decode and args.image_size % (patch_size * (8 if latents else 1)):
-        raise ValueError(f"--image-size {args.image_size}: not a multiple of the patches' size")
+    patch = model.sizes(args.model)["patch_size"] * (8 if latents else 1)  # in pixels
+    if to_decode and args.image_size % patch:
+        raise ValueError(f"--image-size {args.image_size}: not a multiple of {patch}, one patch")
     recipe = 0 if args.model == "tiny" else 2 if latents else 1
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
@@ -245,7 +247,7 @@ def build(args, images, names, device):
 
 def resume(path, settings, net, ema, optimizer):
     """The step of a checkpoint, whose weights are loaded. Raises ValueError."""
-    with sample.reading(path, "it is damaged or of another run, choose another --out"):
+    with sample.reading(path, "it is of another run or damaged, choose another --out"):
         saved = sample.load_file(path)
         for name, value in settings.items():
             if saved["settings"][name] != value:
@@ -327,9 +329,9 @@ def main():
     out, last = Path(args.out), Path(args.out, "last.pt")
     step = resume(last, settings, net, ema, optimizer) if last.exists() else 0
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(images)} images of {sample.listed(names)}")
+    print(f"{len(images)} images of {sample.listed(dict(enumerate(names)))}")
     print(", ".join(f"{name} {vars(args)[name]}" for name in ("model", "vae", "accum", *RECIPES)))
-    print(f"{out}: {f'continued at step {step}' if step else 'a new run'}, of {args.steps}")
+    print(f"{out}: step {step} of {args.steps}; to start anew, give another --out")
     parallel = DDP(net, gradient_as_bucket_view=True) if torch.distributed.is_initialized() else net
 
     history, good_step = [], step - 1
