@@ -107,7 +107,7 @@ def prepare(args, vae, rank, world):
     folder = os.path.abspath(args.data) + f"-{size}px" + ("-latents" if vae else "")
     if Path(folder, "about.json").exists():
         if decoded_data(folder)[2] != about:
-            raise ValueError(f"{args.data} or the VAE has changed: delete {folder}, change --out")
+            raise ValueError(f"{args.data} or the VAE changed: delete {folder}, give a new --out")
         return folder
 
     # each process decodes every world-th picture, the last one repeated to fill the last batch
