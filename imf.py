@@ -65,7 +65,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
     the direction of du/dt, is "v-head" (iMF), "boundary" (u at r = t; the v-head is trained all the
     same, for v_g) or "conditional" (the original MeanFlow). ValueError: another, or no v-head."""
     dit = getattr(net, "module", net)  # the DiT in a DDP: what needs no gradients goes around DDP
-    m = int((draws.r < draws.t).int().argmax())  # [:m] have r = t (if all have, m is 0: as right)
+    m = int((draws.r < draws.t).int().argmax())  # [:m] have r = t (if all have, m = 0 is right too)
     e, t, r, omega, t_min, t_max, drop = (values.to(x.device) for values in draws)
     y = torch.where(drop, dit.num_classes, y)  # the index num_classes means "no class"
     h = t - r
