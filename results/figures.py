@@ -121,7 +121,7 @@ def densities(args):
 def tangents(args):
     """Prints for each tangent, run by run, the mean of loss_u over the last sixth of the records,
     and its noise: the standard deviation from record to record in the second half. Draws the first
-    run of each (thin), and means of ten records: of all runs (thick) and their range (band)."""
+    run of each (thin), and medians of ten records: mean of all runs (thick), their range (band)."""
     runs = {}
     for folder in args.folders:
         tangent = sample.load_file(Path(folder, "last.pt"))["settings"]["tangent"]
@@ -134,12 +134,13 @@ def tangents(args):
         last = losses[:, len(steps) * 5 // 6:].mean(1)
         noise = np.diff(losses[:, len(steps) // 2:]).std(1) / 2**0.5
         print(f"{tangent}: loss_u {last.round(3)}, noise {noise.round(3)}")
-        smooth = np.array([np.convolve(run, np.ones(window) / window, "valid") for run in losses])
+        windows = np.lib.stride_tricks.sliding_window_view(losses, window, 1)
+        smooth = np.median(windows, 2)
         axis.plot(steps, losses[0], colour, lw=0.7, alpha=0.6)
         axis.fill_between(steps[window - 1:], smooth.min(0), smooth.max(0), color=colour, alpha=0.2)
         axis.plot(steps[window - 1:], smooth.mean(0), colour, lw=2, label=tangent)
-    shown = np.concatenate(list(runs.values()))[:, len(steps) // 8:]  # the start would hide it
-    axis.set(xlabel="step", ylabel="loss_u", ylim=(0.9 * shown.min(), 1.1 * shown.max()))
+    shown = np.concatenate(list(runs.values()))  # the start, and single peaks, would hide the rest
+    axis.set(xlabel="step", ylabel="loss_u", ylim=(0.9 * shown.min(), 1.8 * np.median(shown)))
     axis.legend()
 
 
