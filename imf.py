@@ -87,7 +87,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
         # the guided target: trained on it, v_c becomes v_u + omega' (E[e - x | z, y] - v_u), usual
-        # guidance. A network that predicts x divides by max(t, 0.05), not t, and so must this
+        # guidance. A network that predicts x divides by max(t, 0.05), not t, and so must its target
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 

@@ -201,11 +201,11 @@ def run(main):
 
 @contextlib.contextmanager
 def reading(path, expected):
-    """What a damaged file raises becomes a ValueError: its name, and the error's first sentence."""
+    """A damaged or foreign file becomes a ValueError that names it, less torch's unsafe advice."""
     try:
         yield
     except DAMAGED as error:
-        reason = textwrap.shorten(f"{error}".split(". ")[0], 300) or type(error).__name__
+        reason = textwrap.shorten(f"{error}".split(" failed. ")[0], 300) or type(error).__name__
         raise ValueError(f"cannot read {path}: {expected} ({reason})") from error
 
 
