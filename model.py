@@ -25,6 +25,13 @@ class Linear(nn.Linear):
         return Wx if dx is None else forward_ad.make_dual(Wx, F.linear(dx, self.weight))
 
 
+class RMSNorm(nn.RMSNorm):
+    """x over its root mean square. Written out: compiled, CUDA's fused kernel cannot take a JVP."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
 def rotary_angles(n, head_dim, device):
     """cos and sin, float32 (n, head_dim / 2), of the angles index * 10000^(-2 k / head_dim)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
@@ -45,8 +52,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out_proj = Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
 
     def forward(self, x, rotary):
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))  # (B, n, 3, heads, head_dim)
@@ -72,9 +79,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm1 = RMSNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(hidden_size)
         self.mlp = SwiGLU(hidden_size)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
@@ -105,9 +112,8 @@ class ScalarEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))
 
 
-def final_layer(hidden_size, out_features):
-    return nn.Sequential(OrderedDict(
-        norm=nn.RMSNorm(hidden_size, eps=1e-6), linear=Linear(hidden_size, out_features)))
+def final_layer(hidden_size, out):
+    return nn.Sequential(OrderedDict(norm=RMSNorm(hidden_size), linear=Linear(hidden_size, out)))
 
 
 class DiT(nn.Module):

@@ -1,7 +1,6 @@
 """What improved MeanFlow is and what this code promises, in the order in which one learns it."""
 
-import collections, contextlib, hashlib, itertools, json, os, re, shutil, signal, subprocess, sys
-import time, types
+import collections, contextlib, hashlib, json, os, re, shutil, signal, subprocess, sys, time, types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import fid, imf, model, sample, train
 from results.bench import literal_loss  # the definition, as one would port it
 
 HERE = Path(__file__).resolve().parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # CPUs give the same bits twice
 SMALL = dict(patch_size=2, hidden_size=32, depth=3, num_heads=2, head_depth=2)
 torch.set_num_threads(1)  # the networks here are small, and sums have one order
 
@@ -206,6 +205,7 @@ def test_a_step_stays_on_one_device_and_needs_little_more_than_half_of_the_arith
     net = network(16, 4, 10, patch_size=2, hidden_size=96, depth=12, num_heads=2, head_depth=8)
     x, y, draws = data(net, 32)
     net, x, y = net.to("meta"), x.to("meta"), y.to("meta")  # shapes are enough
+    monkeypatch.setattr(torch, "rms_norm", None)  # compiled, CUDA's cannot take a JVP (torch 2.11)
 
     def arithmetic(loss, draws):  # the fused CPU kernel would be invisible to the counter
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
@@ -439,7 +439,7 @@ def test_killed_anywhere_a_run_continues_to_the_same_bits(flowers, run):
     run(train, *argv, "whole")
     for wait, how in ((2, signal.SIGINT), (5, signal.SIGKILL)):  # wait: records
         process = subprocess.Popen([sys.executable, HERE / "train.py", *argv, "stopped"],
-                                   stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+                                   stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(records("stopped")) < wait:
             time.sleep(0.01)
         process.send_signal(how)
@@ -456,7 +456,7 @@ def test_killed_anywhere_a_run_continues_to_the_same_bits(flowers, run):
 
 def test_steps_without_a_finite_gradient_are_skipped_and_many_end_the_run(run, monkeypatch):
     """A NaN never reaches the weights, and the log counts it; last.pt outlives a diverged run."""
-    steps, broken, loss = itertools.count(1), {2, 3, 6, *range(8, 200)}, imf.imf_loss
+    steps, broken, loss = iter(range(1, 999)), {2, 3, 6, *range(8, 200)}, imf.imf_loss
 
     def sometimes_nan(*args):
         value, logs = loss(*args)
@@ -496,7 +496,7 @@ def test_any_number_of_processes_and_parts_gives_the_same(flowers, run):
     def by_two(script, *argv):  # processes
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc-per-node=2", "--", HERE / script, *map(str, argv)]
-        return subprocess.run(command, text=True, capture_output=True, env=ONE_THREAD)
+        return subprocess.run(command, text=True, capture_output=True)
 
     argv = "--data flowers --image-size 16 --steps 5 --batch-size 8 --out".split()
     assert by_two("train.py", *argv, "two").returncode == 0
