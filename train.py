@@ -23,15 +23,15 @@ from sample import count, positive
 # flag: (for tiny, for other networks on pixels, for latents as in the release, type, help)
 RECIPES = {
     "batch_size": (48, 256, 1024, count, "images per step"),
-    "steps": (2400, 100_000, 640 * 1251, count, "training steps"),  # an epoch has 1251
-    "lr": (2e-2, 1e-4, 1e-4, positive, "learning rate of AdamW"),
-    "warmup": (100, 1000, 10 * 1251, count, "steps in which the learning rate rises"),
-    "cooldown": (1.0, 0.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
-    "ema": (0.995, 0.999, 0.9999, positive, "decay of the averaged weights"),
+    "steps": (2400, 20_000, 640 * 1251, count, "training steps"),  # an epoch has 1251
+    "lr": (2e-2, 3e-3, 1e-4, positive, "learning rate of AdamW"),
+    "warmup": (100, 100, 10 * 1251, count, "steps in which the learning rate rises"),
+    "cooldown": (1.0, 1.0, 0.0, float, "last fraction of the steps, in which the rate falls"),
+    "ema": (0.995, 0.995, 0.9999, positive, "decay of the averaged weights"),
     "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, std^2)): mean"),
     "t_std": (1.2, 1.2, 1.0, positive, "its standard deviation"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
-    "save_every": (500, 2000, 5000, count, "steps between checkpoints, with a sheet of samples"),
+    "save_every": (500, 1000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
 
 

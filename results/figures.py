@@ -177,18 +177,18 @@ def variance(args):
 def start(args, n):
     """(net, noise, classes) for pictures of a checkpoint: --classes, or n. Raises ValueError."""
     net, info = sample.load(args.checkpoint)
-    if net.v_heads is None or info["vae"] != "none":
-        raise ValueError(f"{args.checkpoint}: a network of pixels with a v-head is needed")
+    if info["vae"] != "none":
+        raise ValueError(f"{args.checkpoint}: a network of pixels is needed")
     y = torch.tensor(args.classes or [k * net.num_classes // n for k in range(n)])
     return net, torch.randn(len(y), net.channels, net.image_size, net.image_size), y
 
 
 @torch.no_grad()
 def along_v(net, z, y, steps, omega):
-    """z at t = 1, ..., 0 by flow matching: many small steps of the v-head's velocity."""
+    """z at t = 1, ..., 0 by flow matching: many small steps of the velocity, u at r = t."""
     path, omega = [z], torch.full((len(y),), omega)
     for t in torch.linspace(1, 0, steps + 1)[:-1].repeat(len(y), 1).T:
-        path.append(path[-1] - imf.velocity(net.v, path[-1], t, omega, y) / steps)
+        path.append(path[-1] - imf.velocity(net.u, path[-1], t, omega, y) / steps)
     return path
 
 
@@ -223,16 +223,16 @@ def grid(args):
 
 
 def flow(args):
-    """Animates 24 steps of flow matching (above), and the one step of the average velocity."""
+    """Animates 20 steps of flow matching (above), and the one step of the average velocity."""
     net, z, y = start(args, 10)
     one_step, frames = imf.sample(net, z, y, 1, args.omega), []
-    for k, above in enumerate(along_v(net, z, y, 24, args.omega)):
+    for k, above in enumerate(along_v(net, z, y, 20, args.omega)):
         both = torch.stack((above, one_step if k else z)).clamp(-1, 1) * 127.5 + 127.5
         sheet = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2 H, 10 W, C)
-        sheet = sheet.expand(-1, -1, 3).byte().numpy().repeat(2, 0).repeat(2, 1)
-        frames.append(Image.fromarray(sheet))
+        sheet = Image.fromarray(sheet.expand(-1, -1, 3).byte().numpy())
+        frames.append(sheet.resize((64 * len(y), 128), Image.NEAREST))
     frames[0].save(args.out, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[800, *[120] * 23, 3000])
+                   duration=[800, *[140] * 19, 3000])
 
 
 # ---- plane, tokens: diagrams ----
