@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x over its root mean square. Written out: compiled, CUDA's fused kernel cannot take a JVP."""
+    """x over its root mean square, times weight. PyTorch's own has no JVP if compiled for CUDA."""
 
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
@@ -100,7 +100,7 @@ def run_block(block, x, dx, rotary):
 
 
 class ScalarEmbedder(nn.Module):
-    """One number per sample (B,) -> (B, width): 128 cosines, 128 sines, and an MLP."""
+    """One number per sample (B,) -> (B, width): 128 cosines, 128 sines (no factor), and an MLP."""
 
     def __init__(self, width):
         super().__init__()
@@ -197,7 +197,7 @@ class DiT(nn.Module):
 
     def _run(self, blocks, x):
         x, dx = forward_ad.unpack_dual(x)
-        rotary = rotary_angles(x.shape[1], self.head_dim, x.device)
+        rotary = rotary_angles(x.shape[1], self.head_dim, x.device)  # positions in the sequence
         for block in blocks:
             x, dx = self.run_block(block, x, dx, rotary)
         return x if dx is None else forward_ad.make_dual(x, dx)

@@ -2,7 +2,6 @@
 
     python sample.py                                           100 images from out/last.pt
     python sample.py --omega 1 2 4 8 --out omegas.png          one row per guidance scale
-    python sample.py --classes 3 --num 1000 --out threes/      a folder of PNGs
     python sample.py iMF-XL-2.pth --classes 207 88             the authors' weights, with their VAE
     torchrun --nproc-per-node=8 -- sample.py iMF-XL-2.pth --num 50000 --out images.npz
 
@@ -200,6 +199,8 @@ def reading(path, expected):
     """What a damaged or foreign file raises becomes a ValueError, less torch's unsafe advice."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         reason = textwrap.shorten(f"{error}".split(" failed. ")[0], 300) or type(error).__name__
         raise ValueError(f"cannot read {path}: {expected} ({reason})") from error

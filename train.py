@@ -323,7 +323,7 @@ def main():
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, names, where = load_data(args, vae, rank, world)
     net, ema, optimizer = build(args, images, names, device)
-    fixed = "seed", "model", "vae", "predict", "tangent", "batch_size"  # of a run, with its data
+    fixed = "seed", "model", "vae", "predict", "tangent", "batch_size"  # also when continued
     settings = {name: vars(args)[name] for name in fixed}
     settings.update(data=where, images=len(images), classes=names, image_size=net.image_size)
     out, last = Path(args.out), Path(args.out, "last.pt")
@@ -334,7 +334,7 @@ def main():
     print(f"{out}: step {step} of {args.steps}; to start anew, give another --out")
     parallel = DDP(net, gradient_as_bucket_view=True) if torch.distributed.is_initialized() else net
 
-    history, good_step = [], step - 1
+    history, good_step = [], step - 1  # the last step whose gradient was finite
     with tqdm(initial=step, total=args.steps, unit=" steps", disable=rank > 0) as bar:
         while step < args.steps:
             # the gradient of one batch
@@ -358,14 +358,13 @@ def main():
             # log, samples, checkpoints, all by the first process
             history.append((loss_u, loss_v, norm, time.time() - began))
             bar.update()
-            end = step == args.steps
-            if end or step % args.log_every == 0:
+            if step == args.steps or step % args.log_every == 0:
                 bar.set_postfix(write_log(out / "log.jsonl", step, history, args))
                 history = []
             if args.keep_every and step % args.keep_every == 0:
                 save(out / f"ema-{step:06d}.pt", ema=ema.state_dict(), step=step, settings=settings)
-            if end or step % args.save_every == 0:  # last.pt first: memory may not do for samples
-                save(last, net=net.state_dict(), ema=ema.state_dict(),
+            if step == args.steps or step % args.save_every == 0:
+                save(last, net=net.state_dict(), ema=ema.state_dict(),  # before samples take memory
                      optimizer=optimizer.state_dict(), step=step, settings=settings)
                 write_samples(out / f"step-{step:06d}.png", ema, vae, args.seed)
 

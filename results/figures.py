@@ -5,7 +5,7 @@
     python -m results.figures variance [CHECKPOINT]   how much V varies at one and the same z_t
     python -m results.figures rows [CHECKPOINT]       the same noise by flow matching and by iMF
     python -m results.figures grid [CHECKPOINT]       u(z_t, 0, t) and z_t - t u of one picture
-    python -m results.figures flow [CHECKPOINT]       24 steps of flow matching above one of iMF
+    python -m results.figures flow [CHECKPOINT]       20 steps of flow matching above one of iMF
     python -m results.figures plane (or tokens)       diagrams
 
 They need matplotlib, run on the CPU, and write results/NAME.png, flow.gif (--out FILE: elsewhere);
@@ -228,7 +228,7 @@ def flow(args):
     one_step, frames = imf.sample(net, z, y, 1, args.omega), []
     for k, above in enumerate(along_v(net, z, y, 20, args.omega)):
         both = torch.stack((above, one_step if k else z)).clamp(-1, 1) * 127.5 + 127.5
-        sheet = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2 H, 10 W, C)
+        sheet = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2 H, n W, C)
         sheet = Image.fromarray(sheet.expand(-1, -1, 3).byte().numpy())
         frames.append(sheet.resize((64 * len(y), 128), Image.NEAREST))
     frames[0].save(args.out, save_all=True, append_images=frames[1:], loop=0,
