@@ -100,7 +100,7 @@ def run_block(block, x, dx, rotary):
 
 
 class ScalarEmbedder(nn.Module):
-    """One number per sample (B,) -> (B, width): 128 cosines, 128 sines (no factor), and an MLP."""
+    """One number per sample (B,), unscaled -> (B, width): 128 cosines, 128 sines, an MLP."""
 
     def __init__(self, width):
         super().__init__()

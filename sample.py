@@ -67,7 +67,7 @@ def load(path, device="cpu"):
 
 
 def load_file(path):
-    """What torch.save wrote: tensors and plain values, never code. Raises anything: see reading."""
+    """What torch.save wrote: tensors and plain values, never code. Use inside reading()."""
     mapped = os.name == "posix" and zipfile.is_zipfile(path)
     return torch.load(path, "cpu", weights_only=True, mmap=mapped)
 
@@ -199,7 +199,7 @@ def reading(path, expected):
     """What a damaged or foreign file raises becomes a ValueError, less torch's unsafe advice."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{error}".split(" failed. ")[0], 300) or type(error).__name__
@@ -249,7 +249,7 @@ def open_image(path):
 
 
 def read_npz(path):
-    """{name: array} of an .npz; arr_0 as images uint8 (N, 1 or 3, H, W). Raises anything."""
+    """{name: array} of an .npz; arr_0 as images uint8 (N, 1 or 3, H, W). Use inside reading()."""
     with np.load(path, allow_pickle=False) as npz:
         arrays = {name.removeprefix("ref_"): npz[name] for name in npz}  # the authors' ref_mu
     if "arr_0" in arrays:

@@ -323,7 +323,7 @@ def main():
     vae = None if args.vae == "none" else sample.load_vae(args.vae, device)
     images, labels, names, where = load_data(args, vae, rank, world)
     net, ema, optimizer = build(args, images, names, device)
-    fixed = "seed", "model", "vae", "predict", "tangent", "batch_size"  # also when continued
+    fixed = "seed", "model", "vae", "predict", "tangent", "batch_size"  # may not change later
     settings = {name: vars(args)[name] for name in fixed}
     settings.update(data=where, images=len(images), classes=names, image_size=net.image_size)
     out, last = Path(args.out), Path(args.out, "last.pt")

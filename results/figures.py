@@ -225,12 +225,12 @@ def grid(args):
 def flow(args):
     """Animates 20 steps of flow matching (above), and the one step of the average velocity."""
     net, z, y = start(args, 10)
-    one_step, frames = imf.sample(net, z, y, 1, args.omega), []
+    one_step, frames, zoom = imf.sample(net, z, y, 1, args.omega), [], max(1, 64 // z.shape[3])
     for k, above in enumerate(along_v(net, z, y, 20, args.omega)):
         both = torch.stack((above, one_step if k else z)).clamp(-1, 1) * 127.5 + 127.5
         sheet = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2 H, n W, C)
-        sheet = Image.fromarray(sheet.expand(-1, -1, 3).byte().numpy())
-        frames.append(sheet.resize((64 * len(y), 128), Image.NEAREST))
+        sheet = sheet.expand(-1, -1, 3).byte().numpy().repeat(zoom, 0).repeat(zoom, 1)
+        frames.append(Image.fromarray(sheet))
     frames[0].save(args.out, save_all=True, append_images=frames[1:], loop=0,
                    duration=[800, *[140] * 19, 3000])
 
