@@ -117,7 +117,7 @@ class Inception(nn.Module):
 
 
 def resize(images):
-    """(B, 1 or 3, H, W) to (B, 3, 299, 299): pixel i from i (H + 1 - 1) / (300 - 1), as in TF 1."""
+    """(B, 1 or 3, H, W) to (B, 3, 299, 299): pixel i is read at i H / 299, as in TensorFlow 1."""
     x = F.pad(images.expand(-1, 3, -1, -1).float(), (0, 1, 0, 1), "replicate")
     return F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
 
@@ -206,6 +206,7 @@ def main():
     parser.add_argument("--inception", metavar="FILE", help="default: downloaded once")
     args = parser.parse_args()
     device, *_ = sample.join(args.device)
+    Path(args.save or ".").parent.mkdir(parents=True, exist_ok=True)
     if args.save and any(map(os.path.exists, (args.save, f"{args.save}.npz"))):
         raise ValueError(f"--save {args.save}: there is such a file, and it is not overwritten")
     sides = [read(path) for path in (args.A, args.B) if path]

@@ -33,9 +33,9 @@ class Draws(NamedTuple):
     drop: torch.Tensor  # bool: this sample loses its class; only samples with r = t do
 
 
-def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
+def draw(x, generator=None, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
     """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's. The
-    first ones, a fraction `flow_matching`, have r = t, so that slices can leave out du/dt."""
+    first half has r = t, so that slices can leave out du/dt."""
     B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
@@ -43,17 +43,16 @@ def draw(x, generator=None, flow_matching=0.5, t_mean=-0.4, t_std=1.0, class_dro
 
     # two logit-normal times: t is the larger one, r the smaller one, or t itself
     r, t = torch.sigmoid(t_mean + t_std * normals).sort(0).values
-    index = torch.arange(B, device=device)
-    r_is_t = index < int(B * flow_matching)
-    r = torch.where(r_is_t, t, r)
+    m = B // 2
+    r[:m] = t[:m]
 
-    # omega: density ~ 1 / omega on [1, 8]. Where r = t it acts at all times, as in velocity()
+    # omega: density ~ 1 / omega on [1, 8]. Where r = t it acts at all times: imf_loss needs this
     omega = 8 ** for_omega
-    t_min = torch.where(r_is_t, 0, for_t_min / 2)
-    t_max = torch.where(r_is_t, 1, (1 + for_t_max) / 2)
+    t_min, t_max = for_t_min / 2, (1 + for_t_max) / 2
+    t_min[:m], t_max[:m] = 0, 1
 
     # as in the release, a tenth of all samples lose their class, and these are the first ones
-    drop = r_is_t & (index < (for_drop < class_dropout).sum())
+    drop = torch.arange(B, device=device) < (for_drop < class_dropout).sum().clamp(max=m)
     return Draws(noise, t, r, omega, t_min, t_max, drop)
 
 
@@ -80,14 +79,14 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, which v[m:] is not.
-        # v[:m] is v_c already (unless dropped: then omega' is 1, and v_g has 0 times v_c)
+        # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, guided at all times.
+        # v[:m] had just these: it is v_c (where the class is dropped, v_g has 0 times v_c)
         no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
 
         # the guided target: trained on it, v_c becomes v_u + omega' (E[e - x | z, y] - v_u), usual
-        # guidance. A network that predicts x divides by max(t, 0.05), not t, and so must its target
+        # guidance. e - x is (z - x) / t, but a network that predicts x divides by max(t, 0.05)
         conditional_v = e - x if dit.predict == "u" else dit.velocity_from(x, z, t)
         v_g = conditional_v + column(1 - 1 / omega_prime) * (v_c - v_u)
 

@@ -127,7 +127,7 @@ class DiT(nn.Module):
                  num_heads, head_depth, predict="u"):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size}: expected a multiple of {patch_size} < 4096")
+            raise ValueError(f"image size {image_size}: no multiple of the patch, {patch_size}")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.predict, self.patch_size, self.head_dim = predict, patch_size, hidden_size // num_heads
         self.run_block = run_block  # or its compiled form
@@ -156,7 +156,7 @@ class DiT(nn.Module):
         """The release's initial weights: blocks are the identity, and the last layers give 0."""
         for name, module in self.named_modules():
             if isinstance(module, Linear):
-                scale = 1 if "embedder" in name else 0 if "final" in name else 0.32
+                scale = 1 if "embedder" in name else (0 if "final" in name else 0.32)
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -215,18 +215,18 @@ class DiT(nn.Module):
 
 def from_state(state, image_size=32, predict="u"):
     """The DiT of this state_dict(), in float32. Raises KeyError, RuntimeError, ValueError."""
-    shared, u, v = (len({name.split(".")[1] for name in state if name.startswith(blocks)})
-                    for blocks in ("shared_blocks.", "u_heads.", "v_heads."))
+    groups = [name.split(".")[0] for name in state if name.endswith("norm1.weight")]  # of blocks
+    shared, head_depth = groups.count("shared_blocks"), groups.count("u_heads")
     hidden_size, channels, patch_size, _ = state["x_embedder.weight"].shape
     num_classes = len(state["y_embedder.weight"]) - 1
     num_heads = hidden_size // len(state["u_heads.0.attn.q_norm.weight"])
     with torch.device("meta"):
-        net = DiT(image_size, channels, num_classes, patch_size, hidden_size, shared + u,
-                  num_heads, u, predict)
-    if v == 0:
+        net = DiT(image_size, channels, num_classes, patch_size, hidden_size,
+                  shared + head_depth, num_heads, head_depth, predict)
+    if "v_heads" not in groups:
         net.v_heads = None
     net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return net.requires_grad_()
+    return net
 
 
 RELEASED_NAMES = (("net.", ""), ("._flax_linear", ""), ("x_embedder.proj", "x_embedder"),

@@ -47,7 +47,7 @@ def generate(net, numbers, classes, seed=0, vae=None, **guidance):
 
 
 def recommended(net, latents):
-    """The default {"omega", "t_min", "t_max"}: the authors' for latents, ours for pixels."""
+    """The default {"omega", "t_min", "t_max"}: the authors' for their networks, else ours."""
     depth = len(net.shared_blocks) + len(net.u_heads) if latents else 0
     return dict(zip(("omega", "t_min", "t_max"), RECOMMENDED.get(depth, (3, 0.4, 0.75))))
 
@@ -149,12 +149,12 @@ def main():
     side = net.image_size * (8 if vae else 1)
     images = np.empty((len(omegas), num, 3, side, side), np.uint8)
     with tqdm(total=num * len(omegas), unit=" images", disable=rank > 0) as bar:
-        for omega, rest in zip(omegas, images):  # rest: a view of the rows not yet filled
-            guidance["omega"] = omega
+        for row, omega in zip(images, omegas):
+            guidance["omega"], done = omega, 0
             for batch in generate(net, numbers, classes, args.seed, vae, **guidance):
-                batch = interleave(batch)[:len(rest)].numpy()
-                rest[:len(batch)] = batch
-                rest = rest[len(batch):]
+                batch = interleave(batch)[:num - done].numpy()
+                row[done:done + len(batch)] = batch
+                done += len(batch)
                 bar.update(len(batch))
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def run(main):
     try:
         main()
     except (KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        message = " ".join(str(error).split()) or "stopped"
+        message = " ".join(str(error).split()) or type(error).__name__
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

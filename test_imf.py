@@ -356,6 +356,7 @@ def test_a_folder_is_decoded_once_and_a_damaged_or_changed_one_is_refused(flower
     for path in damaged:
         path.unlink()
     images, labels, about = decoded(flowers)
+    assert len(os.listdir(f"{flowers}-16px")) == 3  # nothing is left of what was refused
     assert labels.tolist() == [0, 0, 1, 1, 1, 2] and about["classes"] == ["aster", "iris", "rose"]
     rose = Image.open(flowers / "rose/0.jpg").convert("RGB")  # 41 x 95; cropped as in ADM:
     rose = rose.resize((20, 47), Image.BOX).resize((16, 38), Image.BICUBIC).crop((0, 11, 16, 27))
@@ -424,8 +425,7 @@ def test_an_update_is_adamw_of_the_release_and_its_average():
     assert not any(q.requires_grad for q in ema.parameters())  # or a graph would grow every step
     rates = [train.learning_rate(k, args) / 0.01 for k in (0, 1, 3, 9, 10, 15, 19)]
     assert rates == pytest.approx([0.25, 0.5, 1, 1, 1, 0.5, 0.1])
-    args.cooldown = 0.0
-    assert train.learning_rate(19, args) == 0.01
+    assert train.learning_rate(19, types.SimpleNamespace(**vars(args) | {"cooldown": 0})) == 0.01
 
 
 def records(out):
@@ -501,7 +501,7 @@ def test_any_number_of_processes_and_parts_gives_the_same(flowers, run):
     argv = "--data flowers --image-size 16 --steps 5 --batch-size 8 --out".split()
     assert by_two("train.py", *argv, "two").returncode == 0
     os.rename("flowers-16px", "decoded-by-two")
-    assert re.search("1 files that.*\n.* 1 files beside.* 1 pictures", run(train, *argv, "one"))
+    assert re.search("1 files that.*\n.* 1 files beside", run(train, *argv, "one"))
     run(train, *argv, "parts", "--accum", 2)
     assert np.array_equal(np.load("decoded-by-two/images.npy"), decoded("flowers")[0])
     nets = [sample.load_file(f"{name}/last.pt")["net"] for name in ("one", "parts", "two")]
@@ -610,8 +610,8 @@ REFUSED = {  # commands; the message must name the last word, or what follows "-
         hostile.npz; --data float.npz; --data one.npz; --data from1.npz --steps 1 -> 0 to K - 1;
         --data gap.npz --steps 1 -> 0 to K - 1; --data oblong.npz; --data good.npz --image-size 64
         -> --image-size; --data fine --image-size 15 -> --image-size; --out broken -> last.pt;
-        --model XXL; --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --ema 2 -> --ema; --t-mean
-        nan -> --t-mean; --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
+        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --t-mean nan -> --t-mean;
+        --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
     fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz --save
         good; good.npz one.npz --inception weights.pth -> two pictures; good.npz --inception
         list.pt; good.npz deep --inception weights.pth -> 8 bits"""}

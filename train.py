@@ -5,9 +5,9 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
 OUT receives last.pt, log.jsonl, samples. The same command, on any number of processes, goes on
-where it stopped, with the same result. Three defaults: tiny; other networks on pixels; latents."""
+where it stopped, with the same result. Defaults: for tiny, other networks on pixels, latents."""
 
-import argparse, copy, functools, json, math, os, shutil, time
+import argparse, copy, functools, json, math, os, shutil, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def npz_data(path):
         names = [str(name) for name in arrays.get("names", found)]
         n, _, height, width = images.shape
         if height != width or labels.shape != (n,) or found != list(range(len(names))):
-            raise ValueError(f"they are {images.shape} and {labels.shape}, of classes {found}")
+            raise ValueError(f"{images.shape}, {labels.shape}, classes {found}, names {names}")
         return images, labels, names
 
 
@@ -92,15 +92,14 @@ def encode(paths, size, vae, damaged):
 
 def prepare(args, vae, rank, world):
     """Decodes --data FOLDER once, into a folder whose path it returns. Raises ValueError."""
-    # the pictures, and what will tell whether they have changed
+    # the pictures, and what tells whether they have changed (k: or only changed places)
     classes = sorted(path.name for path in Path(args.data).glob("[!.]*/"))
     if not classes:
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
     found = [sample.images_in(Path(args.data, name)) for name in classes]
     paths, labels = sum(found, []), np.repeat(range(len(found)), [len(part) for part in found])
     beside = sum(path.is_file() for path in Path(args.data).glob("[!.]*"))
-    deeper = sum(len(Path(path).relative_to(args.data).parts) > 2 for path in paths)
-    print(f"skipped {beside} files beside the class folders; {deeper} pictures lie deeper in these")
+    print(f"skipped {beside} files beside the class folders")
     times = sum(k * os.stat(path).st_mtime_ns for k, path in enumerate(paths, 1))
     about = {"classes": classes, "images": [*map(len, found)], "times": times, "vae": args.vae}
     n, size = len(paths), args.image_size
@@ -111,24 +110,25 @@ def prepare(args, vae, rank, world):
         return folder
 
     # each process decodes every world-th picture, the last one repeated to fill the last batch
-    if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        kind, shape = ("e", (8, size // 8, size // 8)) if vae else ("u1", (3, size, size))
-        if shutil.disk_usage(folder).free < n * math.prod(shape) * np.dtype(kind).itemsize:
-            raise ValueError(f"{folder}: there is not enough space on the disk")
-        images = np.lib.format.open_memmap(f"{folder}/{os.getpid()}.npy", "w+", kind, (n, *shape))
     damaged = []
     for start in tqdm(range(0, n, 64 * world), "decoding", unit=" batches", disable=rank > 0):
         mine = [paths[min(i, n - 1)] for i in range(start + rank, start + 64 * world, world)]
-        x = sample.interleave(encode(mine, size, vae, damaged))[:n - start]
+        x = sample.interleave(encode(mine, size, vae, damaged))[:n - start].numpy()
+        if rank == 0 and start == 0:
+            os.makedirs(folder, exist_ok=True)
+            if shutil.disk_usage(folder).free < n * x[0].nbytes:
+                raise ValueError(f"{folder}: there is not enough space on the disk")
+            scratch = tempfile.TemporaryDirectory(dir=folder)  # it goes when this process ends
+            images = np.lib.format.open_memmap(
+                scratch.name + "/images.npy", "w+", x.dtype, (n, *x.shape[1:]))
         if rank == 0:
             images[start:start + len(x)] = x
     if damaged:
         raise ValueError(f"damaged, or not of 8 bits a channel: {', '.join(sorted(set(damaged)))}")
-    sample.interleave([rank])  # process 0 waits for all: where a picture is damaged, all end here
+    sample.interleave([rank])  # process 0 waits here: if another one met damage, nothing is kept
     if rank == 0:
         images.flush()
-        os.replace(images.filename, f"{folder}/images.npy")  # another run may be decoding, too
+        os.replace(images.filename, f"{folder}/images.npy")
         np.save(f"{folder}/labels.npy", labels)
         Path(folder, "about.json").write_text(json.dumps(about))  # where it exists, all is there
     if world > 1:
@@ -140,7 +140,6 @@ def decoded_data(folder):
     """(images, mapped into memory, labels, about.json) of `prepare`. Raises ValueError."""
     with sample.reading(folder, "expected what train.py decoded; if it did, delete it"):
         about = json.loads(Path(folder, "about.json").read_text())
-        about = {name: about[name] for name in ("classes", "images", "times", "vae")}
         images = np.load(Path(folder, "images.npy"), mmap_mode="r")
         return images, np.load(Path(folder, "labels.npy")), about
 
@@ -179,7 +178,7 @@ def batch(images, labels, args, step, rank=0, world=1):
         mean, std = x.float().chunk(2, 1)
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
         x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
-    draws = imf.draw(x.new_empty(B, *x.shape[1:]), generator, t_mean=args.t_mean, t_std=args.t_std)
+    draws = imf.draw(x.new_empty(B, *x[0].shape), generator, args.t_mean, args.t_std)
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
 
 
@@ -210,9 +209,9 @@ def arguments():
     to_decode = args.data and not args.data.endswith(".npz") and not decoded
     if not to_decode and (args.image_size or args.vae):
         raise ValueError("--image-size and --vae are for a FOLDER of pictures alone")
-    args.vae = args.vae or (sample.VAE if to_decode and args.model.endswith("/2") else "none")
     if decoded:
         args.vae = decoded_data(args.data)[2]["vae"]
+    args.vae = args.vae or (sample.VAE if to_decode and args.model.endswith("/2") else "none")
     latents = args.vae != "none"
     args.image_size = args.image_size or (256 if latents else 32)
     patch = model.sizes(args.model)["patch_size"] * (8 if latents else 1)  # in pixels
@@ -222,8 +221,8 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not 0 <= args.cooldown <= 1 or args.ema >= 1 or not abs(args.t_mean) < 99 or args.seed < 0:
-        raise ValueError("expected --cooldown from 0 to 1, --ema < 1, |--t-mean| < 99, --seed >= 0")
+    if not (0 <= args.cooldown <= 1 and abs(args.t_mean) < 99 and args.ema < 1 and args.seed >= 0):
+        raise ValueError("expected --cooldown from 0 to 1, |--t-mean| < 99, --ema < 1, --seed >= 0")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
