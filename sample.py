@@ -187,7 +187,7 @@ def run(main):
     try:
         main()
     except (KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or f"stopped ({type(error).__name__})"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
