@@ -33,9 +33,9 @@ class Draws(NamedTuple):
     drop: torch.Tensor  # bool: this sample loses its class; only samples with r = t do
 
 
-def draw(x, generator=None, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
+def draw(x, generator=None, t_mean=-0.4, t_std=1.0, one_step=0.0, class_dropout=0.1):
     """Draws for a batch of the shape of x (B, C, H, W), on the generator's device, else on x's. The
-    first half has r = t, so that slices can leave out du/dt."""
+    first half has r = t: slices can leave out du/dt. The last, a share `one_step`, has r = 0."""
     B, device = len(x), x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device)
     normals = torch.randn(2, B, generator=generator, device=device)
@@ -45,6 +45,7 @@ def draw(x, generator=None, t_mean=-0.4, t_std=1.0, class_dropout=0.1):
     r, t = torch.sigmoid(t_mean + t_std * normals).sort(0).values
     m = B // 2
     r[:m] = t[:m]
+    r[B - int(B * one_step):] = 0
 
     # omega: density ~ 1 / omega on [1, 8]. Where r = t it acts at all times: imf_loss needs this
     omega = 8 ** for_omega
@@ -81,9 +82,8 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
 
         # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, guided at all times.
         # v[:m] had just these: it is v_c (where the class is dropped, v_g has 0 times v_c)
-        no_class = torch.full_like(y, dit.num_classes)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
-        v_u = velocity(dit.v, z, t, torch.ones_like(t), no_class)
+        v_u = velocity(dit.v, z, t, torch.ones_like(t), torch.full_like(y, dit.num_classes))
 
         # the guided target: trained on it, v_c becomes v_u + omega' (E[e - x | z, y] - v_u), usual
         # guidance. e - x is (z - x) / t, but a network that predicts x divides by max(t, 0.05)

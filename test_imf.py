@@ -312,12 +312,12 @@ def test_sample_writes_a_sheet_a_folder_or_an_npz(run):
 def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     """A batch follows from (seed, step), and processes take slices: so runs resume and divide."""
     images, labels = train.digits(10)
-    args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0)
+    args = types.SimpleNamespace(batch_size=5, seed=7, t_mean=-0.4, t_std=1.0, one_step=0.25)
     steps = [train.batch(images, labels, args, k) for k in range(4)]
     x = torch.cat([step[0] for step in steps]).flatten(1)
     assert len(x[:10].unique(dim=0)) == len(x[10:].unique(dim=0)) == 10
     assert x.min() >= -1 and 0.9 < x.max() <= 1 and not torch.equal(x[:10], x[10:])
-    assert not torch.equal(steps[0][2].noise, steps[1][2].noise)
+    assert not torch.equal(steps[0][2].noise, steps[1][2].noise) and (steps[0][2].r == 0).sum() == 1
     x, y, draws = train.batch(images, labels, args, 1, 1, 2)  # of process 1 of 2
     for part, whole in zip((x, y, *draws), (*steps[1][:2], *steps[1][2])):
         assert torch.equal(part, whole[1::2])
@@ -398,7 +398,7 @@ def test_latents_are_drawn_from_the_posterior_and_normalised(flowers, run, monke
     assert_close(torch.tensor(latents), torch.cat((posterior.mean, posterior.std), 1).half())
     mean, std = torch.tensor([[0.86488, -0.27787343, 0.21616915, 0.3738409],
                               [4.85503674, 5.31922414, 3.93725398, 3.9870003]]).view(2, 4, 1, 1)
-    args = types.SimpleNamespace(batch_size=12000, seed=7, t_mean=-0.4, t_std=1.0)
+    args = types.SimpleNamespace(batch_size=12000, seed=7, t_mean=-0.4, t_std=1.0, one_step=0.25)
     x, y, _ = train.batch(latents, labels, args, 0)
     z = x * std + mean
     error = (z[y == 2] - posterior.mean[5]) / posterior.std[5]  # class 2 is one image
@@ -610,7 +610,7 @@ REFUSED = {  # commands; the message must name the last word, or what follows "-
         hostile.npz; --data float.npz; --data one.npz; --data from1.npz --steps 1 -> 0 to K - 1;
         --data gap.npz --steps 1 -> 0 to K - 1; --data oblong.npz; --data good.npz --image-size 64
         -> --image-size; --data fine --image-size 15 -> --image-size; --out broken -> last.pt;
-        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --t-mean nan -> --t-mean;
+        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --one-step 1 -> --one-step;
         --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
     fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz --save
         good; good.npz one.npz --inception weights.pth -> two pictures; good.npz --inception

@@ -30,6 +30,7 @@ RECIPES = {
     "ema": (0.995, 0.995, 0.9999, positive, "decay of the averaged weights"),
     "t_mean": (0.4, 0.4, -0.4, float, "t >= r are two of sigmoid(N(mean, std^2)): mean"),
     "t_std": (1.2, 1.2, 1.0, positive, "its standard deviation"),
+    "one_step": (0.125, 0.0, 0.0, float, "share of a batch with r = 0, as in one-step sampling"),
     "norm_eps": (30, 30, 0.01, positive, "a sample's loss is s / (s + eps), s its summed error"),
     "save_every": (500, 1000, 5000, count, "steps between checkpoints, with a sheet of samples"),
 }
@@ -178,7 +179,7 @@ def batch(images, labels, args, step, rank=0, world=1):
         mean, std = x.float().chunk(2, 1)
         noise = torch.randn((B, *mean.shape[1:]), generator=generator)[mine]
         x = (mean + std * noise - sample.LATENT_MEAN) / sample.LATENT_STD
-    draws = imf.draw(x.new_empty(B, *x[0].shape), generator, args.t_mean, args.t_std)
+    draws = imf.draw(x.new_empty(B, *x[0].shape), generator, args.t_mean, args.t_std, args.one_step)
     return x, torch.from_numpy(labels[index]), imf.Draws(*(values[mine] for values in draws))
 
 
@@ -221,8 +222,8 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not (0 <= args.cooldown <= 1 and abs(args.t_mean) < 99 and args.ema < 1 and args.seed >= 0):
-        raise ValueError("expected --cooldown from 0 to 1, |--t-mean| < 99, --ema < 1, --seed >= 0")
+    if not (0 <= args.cooldown <= 1 and 0 <= args.one_step <= 0.5 and args.ema < 1):
+        raise ValueError("expected --cooldown from 0 to 1, --one-step from 0 to 0.5, --ema < 1")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
