@@ -206,7 +206,6 @@ def main():
     parser.add_argument("--inception", metavar="FILE", help="default: downloaded once")
     args = parser.parse_args()
     device, *_ = sample.join(args.device)
-    Path(args.save or ".").parent.mkdir(parents=True, exist_ok=True)
     if args.save and any(map(os.path.exists, (args.save, f"{args.save}.npz"))):
         raise ValueError(f"--save {args.save}: there is such a file, and it is not overwritten")
     sides = [read(path) for path in (args.A, args.B) if path]

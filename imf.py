@@ -41,7 +41,7 @@ def draw(x, generator=None, t_mean=-0.4, t_std=1.0, one_step=0.0, class_dropout=
     normals = torch.randn(2, B, generator=generator, device=device)
     for_omega, for_t_min, for_t_max, for_drop = torch.rand(4, B, generator=generator, device=device)
 
-    # two logit-normal times: t is the larger one, r the smaller one, or t itself
+    # two logit-normal times: t is the larger one, r the smaller one, t itself or 0
     r, t = torch.sigmoid(t_mean + t_std * normals).sort(0).values
     m = B // 2
     r[:m] = t[:m]
@@ -80,7 +80,7 @@ def imf_loss(net, x, y, draws, tangent="v-head", norm_eps=0.01):
         guided = (t_min <= t) & (t <= t_max) & ~drop
         omega_prime = torch.where(guided, omega, 1)
 
-        # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, guided at all times.
+        # v_c: with class, guided by omega'; v_u: with neither; both at h = 0, interval [0, 1].
         # v[:m] had just these: it is v_c (where the class is dropped, v_g has 0 times v_c)
         v_c = torch.cat((v[:m], velocity(dit.v, z[m:], t[m:], omega_prime[m:], y[m:])))
         v_u = velocity(dit.v, z, t, torch.ones_like(t), torch.full_like(y, dit.num_classes))

@@ -127,7 +127,7 @@ class DiT(nn.Module):
                  num_heads, head_depth, predict="u"):
         super().__init__()
         if image_size not in range(patch_size, 4096, patch_size):
-            raise ValueError(f"image size {image_size}: no multiple of the patch, {patch_size}")
+            raise ValueError(f"image size {image_size}: no multiple of patch {patch_size} < 4096")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.predict, self.patch_size, self.head_dim = predict, patch_size, hidden_size // num_heads
         self.run_block = run_block  # or its compiled form

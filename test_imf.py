@@ -317,7 +317,7 @@ def test_every_image_of_an_epoch_comes_once_in_an_order_of_its_own():
     x = torch.cat([step[0] for step in steps]).flatten(1)
     assert len(x[:10].unique(dim=0)) == len(x[10:].unique(dim=0)) == 10
     assert x.min() >= -1 and 0.9 < x.max() <= 1 and not torch.equal(x[:10], x[10:])
-    assert not torch.equal(steps[0][2].noise, steps[1][2].noise) and (steps[0][2].r == 0).sum() == 1
+    assert not torch.equal(steps[0][2].noise, steps[1][2].noise) and steps[0][2].r[4] == 0
     x, y, draws = train.batch(images, labels, args, 1, 1, 2)  # of process 1 of 2
     for part, whole in zip((x, y, *draws), (*steps[1][:2], *steps[1][2])):
         assert torch.equal(part, whole[1::2])
@@ -610,7 +610,7 @@ REFUSED = {  # commands; the message must name the last word, or what follows "-
         hostile.npz; --data float.npz; --data one.npz; --data from1.npz --steps 1 -> 0 to K - 1;
         --data gap.npz --steps 1 -> 0 to K - 1; --data oblong.npz; --data good.npz --image-size 64
         -> --image-size; --data fine --image-size 15 -> --image-size; --out broken -> last.pt;
-        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --one-step 1 -> --one-step;
+        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --t-mean nan -> --t-mean;
         --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
     fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz --save
         good; good.npz one.npz --inception weights.pth -> two pictures; good.npz --inception

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 train.py --model XL/2 --data imagenet/train --accum 2 --out out-xl
 
 OUT receives last.pt, log.jsonl, samples. The same command, on any number of processes, goes on
-where it stopped, with the same result. Defaults: for tiny, other networks on pixels, latents."""
+where it stopped, with the same result. Three defaults each: tiny; others on pixels; latents."""
 
 import argparse, copy, functools, json, math, os, shutil, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +93,7 @@ def encode(paths, size, vae, damaged):
 
 def prepare(args, vae, rank, world):
     """Decodes --data FOLDER once, into a folder whose path it returns. Raises ValueError."""
-    # the pictures, and what tells whether they have changed (k: or only changed places)
+    # the pictures, and what tells whether they have changed (k: or were swapped)
     classes = sorted(path.name for path in Path(args.data).glob("[!.]*/"))
     if not classes:
         raise ValueError(f"--data {args.data}: expected a folder with a sub-folder for each class")
@@ -119,9 +119,8 @@ def prepare(args, vae, rank, world):
             os.makedirs(folder, exist_ok=True)
             if shutil.disk_usage(folder).free < n * x[0].nbytes:
                 raise ValueError(f"{folder}: there is not enough space on the disk")
-            scratch = tempfile.TemporaryDirectory(dir=folder)  # it goes when this process ends
-            images = np.lib.format.open_memmap(
-                scratch.name + "/images.npy", "w+", x.dtype, (n, *x.shape[1:]))
+            tmp = tempfile.TemporaryDirectory(dir=folder)  # it goes, unless this process is killed
+            images = np.lib.format.open_memmap(tmp.name + "/x.npy", "w+", x.dtype, (n, *x[0].shape))
         if rank == 0:
             images[start:start + len(x)] = x
     if damaged:
@@ -222,8 +221,10 @@ def arguments():
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[recipe])
-    if not (0 <= args.cooldown <= 1 and 0 <= args.one_step <= 0.5 and args.ema < 1):
-        raise ValueError("expected --cooldown from 0 to 1, --one-step from 0 to 0.5, --ema < 1")
+    if not (0 <= args.cooldown <= 1 and 0 <= args.one_step <= 0.5 and args.ema < 1
+            and abs(args.t_mean) < 99 and args.seed >= 0):
+        raise ValueError("expected 0 <= --cooldown <= 1, 0 <= --one-step <= 0.5, --ema < 1, "
+                         "|--t-mean| < 99, --seed >= 0")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
