@@ -610,8 +610,8 @@ REFUSED = {  # commands; the message must name the last word, or what follows "-
         hostile.npz; --data float.npz; --data one.npz; --data from1.npz --steps 1 -> 0 to K - 1;
         --data gap.npz --steps 1 -> 0 to K - 1; --data oblong.npz; --data good.npz --image-size 64
         -> --image-size; --data fine --image-size 15 -> --image-size; --out broken -> last.pt;
-        --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --t-mean nan -> --t-mean;
-        --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
+        --model XXL; --model B/0; --lr nan -> --lr; --steps 0 -> --steps; --ema 2 -> --ema; --t-mean
+        nan -> --t-mean; --data fine --vae no -> hub; --batch-size 8 --accum 3 -> --batch-size""",
     fid: """good.npz missing; hole/iris good.npz -> hole/iris; stats.npz -> alone; good.npz --save
         good; good.npz one.npz --inception weights.pth -> two pictures; good.npz --inception
         list.pt; good.npz deep --inception weights.pth -> 8 bits"""}

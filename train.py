@@ -140,6 +140,7 @@ def decoded_data(folder):
     """(images, mapped into memory, labels, about.json) of `prepare`. Raises ValueError."""
     with sample.reading(folder, "expected what train.py decoded; if it did, delete it"):
         about = json.loads(Path(folder, "about.json").read_text())
+        about = {name: about[name] for name in ("classes", "images", "times", "vae")}
         images = np.load(Path(folder, "images.npy"), mmap_mode="r")
         return images, np.load(Path(folder, "labels.npy")), about
 
@@ -223,8 +224,7 @@ def arguments():
             setattr(args, name, values[recipe])
     if not (0 <= args.cooldown <= 1 and 0 <= args.one_step <= 0.5 and args.ema < 1
             and abs(args.t_mean) < 99 and args.seed >= 0):
-        raise ValueError("expected 0 <= --cooldown <= 1, 0 <= --one-step <= 0.5, --ema < 1, "
-                         "|--t-mean| < 99, --seed >= 0")
+        raise ValueError("not in range: --cooldown, --one-step (to 0.5), --ema, --t-mean or --seed")
     args.predict = args.predict or ("u" if latents else "x")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
